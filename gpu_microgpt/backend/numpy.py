@@ -1,0 +1,115 @@
+"""NumPy on the CPU: one Python thread a batch shard, each with a single-threaded BLAS."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from ..errors import BackendError
+from ..types import Array
+
+DTYPES = {"auto": np.float32, "fp32": np.float32, "fp64": np.float64}
+SHARD_FLOPS = 5e8  # a smaller step loses more to the threads' hand-over than it gains
+PIECE_ROWS = 1024  # worked on at a time: enough for BLAS, few enough for the cache
+
+
+class NumpyBackend:
+    """The readable truth: plain NumPy, BLAS for the matrix products."""
+
+    name = "numpy"
+    xp: Any = np
+
+    def __init__(self, dtype: str = "auto", threads: int = 0) -> None:
+        """Take a dtype (auto, fp32, fp64) and a number of threads (0 = every core).
+
+        Raises BackendError for the dtypes only GPUs run.
+        """
+        if dtype not in DTYPES:
+            raise BackendError(f"dtype: got {dtype}; backend numpy runs fp32 or fp64 (auto = fp32)")
+        self.dtype = np.dtype(DTYPES[dtype])
+        self.threads = threads or _usable_cores()
+        self._controller = ThreadpoolController()
+        self._blas_threads = 1
+        self._limits: list[Any] = []
+        self._pool: ThreadPoolExecutor | None = None
+
+    def describe(self) -> str:
+        """One line: NumPy, its BLAS and core type, precision and threads."""
+        blas = [lib for lib in self._controller.info() if lib["user_api"] == "blas"]
+        names = {f"{b['internal_api']} {b.get('architecture', '')}".strip() for b in blas}
+        pinned = os.environ.get("OPENBLAS_CORETYPE")
+        note = f", OPENBLAS_CORETYPE={pinned} is set" if pinned else ""
+        return (
+            f"numpy {np.__version__} ({', '.join(sorted(names)) or 'no BLAS found'}{note}), "
+            f"{self.dtype.name}, {self.threads} thread{'s' * (self.threads != 1)}"
+        )
+
+    def split(self, batch_size: int, length: int, flops: float) -> tuple[int, int]:
+        """As many shards as threads where a step is large enough to gain by it, else one.
+
+        A shard goes through its part in pieces, which stay in the cache and need less memory.
+        Threads that a large step has left over because its batch is small go to BLAS.
+        """
+        shards = min(self.threads, batch_size) if flops >= SHARD_FLOPS else 1
+        self._blas_threads = self.threads // shards if flops >= SHARD_FLOPS else 1
+        share = -(-batch_size // shards)
+        return shards, -(-share // max(1, PIECE_ROWS // length))
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Uninitialised memory."""
+        return np.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Zeroed memory."""
+        return np.zeros(shape, dtype)
+
+    def from_host(self, array: np.ndarray[Any, Any]) -> Array:
+        """The array itself: the host is the device."""
+        return array
+
+    def to_host(self, array: Array) -> np.ndarray[Any, Any]:
+        """A copy, so that later steps do not change it."""
+        return np.array(array)
+
+    def run(self, tasks: Sequence[Callable[[], None]]) -> None:
+        """Run the tasks side by side, the first on this thread."""
+        if len(tasks) == 1:
+            tasks[0]()
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shard")
+        others = [self._pool.submit(task) for task in tasks[1:]]
+        tasks[0]()
+        for other in others:
+            other.result()
+
+    def memory(self) -> int | None:
+        """Bytes of physical memory, where the system tells."""
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):
+            return None
+
+    def __enter__(self) -> NumpyBackend:
+        """Hold BLAS to its share of the threads until `__exit__`."""
+        self._limits.append(self._controller.limit(limits=self._blas_threads, user_api="blas"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the shard threads and give BLAS the thread count back that it had."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        self._limits.pop().restore_original_limits()
+
+
+def _usable_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

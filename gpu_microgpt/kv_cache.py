@@ -1,0 +1,21 @@
+"""Keys and values of the positions already read: what makes a new token cost one position."""
+
+from __future__ import annotations
+
+from .backend import Backend
+from .dims import Dims
+from .types import Array
+
+
+class KVCache:
+    """Room for S sequences of up to block_size positions.
+
+    `keys`, `values` (L, S, H, T, D); `lengths` (S,) int32: positions filled.
+    """
+
+    def __init__(self, dims: Dims, sequences: int, backend: Backend) -> None:
+        """Take the memory; nothing is cached yet."""
+        shape = (dims.n_layer, sequences, dims.n_head, dims.block_size, dims.head_dim)
+        self.keys: Array = backend.zeros(shape, backend.dtype)
+        self.values: Array = backend.zeros(shape, backend.dtype)
+        self.lengths: Array = backend.zeros((sequences,), "i4")

@@ -1,0 +1,59 @@
+"""The update over flat buffers: global norm, clipping, Adam (Kingma & Ba 2015) and AdamW."""
+
+from __future__ import annotations
+
+from ...types import Array
+from .context import BLOCK, Context
+
+PIECE = BLOCK // 16  # elements at a time: six streams of 64 KiB share the cache
+
+
+def global_norm(self: Context, norm: Array, grads: Array) -> None:
+    """norm = sqrt(sum(grads^2)), summed in float64 over pieces in a fixed order."""
+    total = 0.0
+    for start in range(0, len(grads), BLOCK):
+        piece = grads[start : start + BLOCK]
+        total += float(self.xp.vdot(piece, piece))
+    norm[0] = total**0.5
+
+
+def clip_scale(self: Context, scale: Array, norm: Array, max_norm: float) -> None:
+    """scale = min(1, max_norm / norm) (Pascanu et al. 2013)."""
+    scale[0] = min(1.0, max_norm / max(float(norm[0]), 1e-12))
+
+
+def adamw(
+    self: Context, params: Array, m: Array, v: Array, grads: Array, scalars: Array, beta1: float,
+    beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """One step of Adam, decoupled weight decay (Loshchilov & Hutter 2019) where it is not 0.
+
+    g = clip grads; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
+    params -= rate (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay params).
+    `scalars` (4,) holds rate, 1 - beta1^t, 1 - beta2^t and the clip scale.
+    """
+    xp = self.xp
+    rate, correction1, correction2, clip = (float(x) for x in scalars)
+    for start in range(0, len(params), PIECE):
+        p, mean, square, g = (x[start : start + PIECE] for x in (params, m, v, grads))
+        a, b = self.scratch(p.dtype, p.shape, p.shape)
+        xp.multiply(g, clip * (1 - beta1), out=a)
+        mean *= beta1
+        mean += a
+        xp.multiply(g, g, out=a)
+        a *= clip**2 * (1 - beta2)
+        square *= beta2
+        square += a
+        xp.sqrt(square, out=a)
+        a /= correction2**0.5
+        a += eps
+        xp.divide(mean, a, out=b)
+        b *= rate / correction1
+        if weight_decay:
+            p *= 1 - rate * weight_decay
+        p -= b
+
+
+def adamw_scratch() -> tuple[tuple[int, ...], ...]:
+    """Scratch shapes at most wanted here."""
+    return ((PIECE,), (PIECE,))

@@ -1,0 +1,43 @@
+"""Draw the next token: temperature, top-k (Fan et al. 2018), top-p (Holtzman et al. 2020)."""
+
+from __future__ import annotations
+
+from ...types import Array
+from .context import Context
+
+
+def sample(
+    self: Context, tokens: Array, logits: Array, uniforms: Array, temperature: float, top_k: int,
+    top_p: float,
+) -> None:  # fmt: skip
+    """Invert the cumulative distribution at `uniforms`; temperature 0 takes the largest logit.
+
+    top_k keeps the k largest logits; top_p then the fewest tokens whose probabilities add up to
+    at least top_p. Equal logits: the lower id comes first.
+    """
+    xp = self.xp
+    if temperature == 0:
+        tokens[...] = logits.argmax(-1)
+        return
+    logits /= temperature
+    logits -= logits.max(-1, keepdims=True)
+    xp.exp(logits, out=logits)
+    if 0 < top_k < logits.shape[1] or top_p < 1:
+        _keep_likely(self, logits, top_k, top_p)
+    cumulative = logits.cumsum(-1, dtype=xp.float64)
+    reached = cumulative <= (uniforms * cumulative[:, -1])[:, None]
+    tokens[...] = xp.minimum(reached.sum(-1), logits.shape[1] - 1)
+
+
+def _keep_likely(self: Context, weights: Array, top_k: int, top_p: float) -> None:
+    """Zero the weights outside the k likeliest and outside the nucleus of mass top_p."""
+    xp = self.xp
+    order = xp.argsort(-weights, axis=-1, kind="stable")
+    ranked = xp.take_along_axis(weights, order, axis=-1)
+    if top_k > 0:
+        ranked[:, top_k:] = 0
+    before = ranked.cumsum(-1, dtype=xp.float64)
+    mass = before[:, -1:].copy()
+    before -= ranked
+    ranked[before >= top_p * mass] = 0
+    xp.put_along_axis(weights, order, ranked, axis=-1)
