@@ -1,0 +1,76 @@
+"""What a run will hold in memory, said before it is taken."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from math import prod
+
+from . import activations, params
+from .arena import Shape
+from .backend import Backend
+from .config import Config
+from .dims import Dims
+from .errors import BackendError
+from .step import ShardPlan
+
+SHARE = 0.9  # of the device's memory that a run may plan on
+
+Entry = tuple[str, str, int]  # what, how many of which shape, bytes
+
+
+def entries(config: Config, dims: Dims, backend: Backend) -> list[Entry]:
+    """The plan: weights, moments, gradients, then the activations, layers taken together."""
+    cut = ShardPlan.of(config, dims, backend)
+    shards, rows = cut.shards, cut.rows
+    size = backend.dtype.itemsize
+    _, flat = params.layout(dims)
+    plan = [
+        ("weights", f"{flat:,}", flat * size),
+        ("moments m, v", f"2 x {flat:,}", 2 * flat * size),
+        ("gradients", f"{shards} x {flat:,}", shards * flat * size),
+    ]
+    arrays = activations.plan(dims, rows, size, training=True)
+
+    def kind(entry: tuple[str, Shape, int]) -> tuple[str, Shape]:
+        return entry[0].rpartition(".")[2], entry[1]
+
+    ordered = sorted(arrays, key=lambda entry: -prod(entry[1]))
+    for (name, shape), same in groupby(sorted(ordered, key=kind), key=kind):
+        group = list(same)
+        count = shards * len(group)
+        plan.append((name, f"{count} x {shape}", shards * sum(size for _, _, size in group)))
+    return plan[:3] + sorted(plan[3:], key=lambda entry: -entry[2])
+
+
+def check(config: Config, dims: Dims, backend: Backend) -> str:
+    """Return the plan as lines. Raises BackendError where the device's memory cannot hold it."""
+    plan = entries(config, dims, backend)
+    total, limit = sum(size for *_, size in plan), backend.memory()
+    if limit is not None and total > SHARE * limit:
+        raise BackendError(_too_large(config, dims, backend, total, limit))
+    cut = ShardPlan.of(config, dims, backend)
+    lines = [f"memory: {_mb(total)} (shards {cut.shards}, each in {cut.pieces} pieces of up to "
+             f"{cut.rows:,} rows)"]  # fmt: skip
+    lines += [f"  {name:<14} {shape:<24} {_mb(size):>10}" for name, shape, size in plan]
+    return "\n".join(lines)
+
+
+def _too_large(config: Config, dims: Dims, backend: Backend, total: int, limit: int) -> str:
+    """One line, with the largest batch that would fit."""
+
+    def fits(batch_size: int) -> bool:
+        smaller = Config.from_dict(config.to_dict(), [f"train.batch_size={batch_size}"])
+        return sum(size for *_, size in entries(smaller, dims, backend)) <= SHARE * limit
+
+    low, high = 0, config.train.batch_size  # fits(low) and not fits(high), once low > 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    advice = f"lower train.batch_size to {low} (and raise train.grad_accum)" if low else (
+        "choose a smaller model or a shorter model.block_size"
+    )  # fmt: skip
+    return f"memory: got a plan of {_mb(total)}, wanted at most {_mb(int(SHARE * limit))}: {advice}"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"

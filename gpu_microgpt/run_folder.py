@@ -1,0 +1,119 @@
+"""A run's folder: its settings, its checkpoints, and where a run goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import State, discard_after, find, newest, save, saved_steps
+from .config import Config
+from .data.corpus import Corpus
+from .errors import ConfigError, DataError
+from .settings import flatten
+
+Log = Callable[[str], None]
+MAY_DIFFER = ("resume", "run.", "train.stop_at", "threads", "backend", "sample.", "checkpoint.")
+
+
+class RunFolder:
+    """`config.yaml`, `metrics.jsonl`, event files, `checkpoints/` and `samples/` of one run."""
+
+    def __init__(self, config: Config) -> None:
+        """Name the paths; nothing is made yet."""
+        self.config = config
+        self.path = config.run.path
+        self.checkpoints = self.path / "checkpoints"
+
+    def start(self, log: Log) -> State | None:
+        """Return the checkpoint to go on from, or None to begin.
+
+        Raises ConfigError where a run would be overwritten or the model has another shape,
+        CheckpointError where no checkpoint can be used.
+        """
+        steps, resume = saved_steps(self.checkpoints), self.config.resume
+        if resume is None and steps:
+            raise ConfigError(
+                f"run.name: {self.path} holds a run at step {steps[0]}: add resume=auto to go on "
+                "with it, or run.name=OTHER to begin another"
+            )
+        if resume is None:
+            return None
+        if resume == "auto" and not steps:
+            log(f"resume: no checkpoint in {self.checkpoints.resolve()}, so this is a new run")
+            return None
+        if resume == "auto":
+            state = newest(self.checkpoints, log)
+        else:
+            state = find(Path(resume), "last", warn=log)
+            inside = Path(resume).resolve().is_relative_to(self.path.resolve())
+            if steps and not inside:
+                raise ConfigError(
+                    f"resume: {self.path} holds another run; add run.name=OTHER to go on from "
+                    f"{resume} in a new folder"
+                )
+        self._compare(state, log)
+        return state
+
+    def begin(self, state: State | None, log: Log) -> None:
+        """Make the folder, write the settings, drop checkpoints from after the start."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        again = Config.from_dict(self.config.to_dict(), ["resume=null"])
+        (self.path / "config.yaml").write_text(again.to_yaml(), encoding="utf-8")
+        for path in discard_after(self.checkpoints, state.step if state else -1):
+            log(f"removed {path}: later than the step this run goes on from")
+
+    def save(self, state: State) -> Path:
+        """Write a checkpoint, durable on return."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        return save(self.checkpoints, state, self.config.checkpoint.keep)
+
+    def write_sample(self, step: int, text: str) -> Path:
+        """Keep sample texts of a step."""
+        path = self.path / "samples" / f"step-{step:08d}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+        return path
+
+    def _compare(self, state: State, log: Log) -> None:
+        """Refuse another model's shape; say which other settings changed."""
+        before, now = (flatten(c) for c in (state.meta["config"], self.config.to_dict()))
+        changed = {k: (before.get(k), v) for k, v in now.items() if before.get(k) != v}
+        for key in ("n_layer", "n_head", "n_embd", "block_size"):
+            if f"model.{key}" in changed:
+                was, got = changed[f"model.{key}"]
+                raise ConfigError(
+                    f"model.{key}: got {got}, but the checkpoint to resume has {was}; wanted the "
+                    "same model: leave the setting or begin a new run"
+                )
+        said = [
+            f"{key} {was} -> {got}"
+            for key, (was, got) in changed.items()
+            if not key.startswith(MAY_DIFFER)
+        ]
+        if said:
+            log("settings changed since the checkpoint: " + ", ".join(said))
+
+
+def check_corpus(corpus: Corpus, saved: Mapping[str, Any], log: Log) -> None:
+    """Compare with the corpus a checkpoint was trained on.
+
+    Raises DataError where the same source now gives another text.
+    """
+    if corpus.sha256 == saved["sha256"]:
+        return
+    if corpus.requested == saved["requested"]:
+        raise DataError(
+            f"data.source: {corpus.requested} is no longer the text this run was trained on "
+            f"(then {saved['name']}, sha256 {saved['sha256'][:12]}; now {corpus.name}, sha256 "
+            f"{corpus.sha256[:12]}): restore that text, or begin a new run"
+        )
+    log(f"corpus changed since the checkpoint: {saved['name']} -> {corpus.name}")
+
+
+def command(name: str, *arguments: object) -> str:
+    """The command line a user would type for `name`, in the way this program was started."""
+    script = Path(sys.argv[0])
+    started = f"python {script.parent / name}.py" if script.suffix == ".py" else None
+    return " ".join([started or f"gpu-microgpt {name}", *map(str, arguments)])

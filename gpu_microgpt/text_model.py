@@ -1,0 +1,141 @@
+"""A trained model with its tokenizer: text in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .backend import Backend, choose
+from .checkpoint import State, find
+from .config import Config
+from .data.tokenizer import CharTokenizer
+from .dims import Dims
+from .errors import warn as warn_user
+from .generate import Generator, Sampling, Uniforms, philox_uniforms
+from .model import GPT
+from .params import Params
+
+TOGETHER = 32  # texts written side by side: bounds the memory of their KV caches
+STREAM_TOKENS = 500  # default length where no document end stops a text
+
+
+class TextModel:
+    """Writes text with a GPT; `load` makes one from a checkpoint."""
+
+    def __init__(
+        self, gpt: GPT, tokenizer: CharTokenizer, config: Config, backend: Backend
+    ) -> None:
+        """Use these weights; they are shared, not copied."""
+        self.gpt, self.tokenizer, self.config, self.backend = gpt, tokenizer, config, backend
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        num_samples: int = 1,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Return prompt plus continuation, all samples of the first prompt first.
+
+        In documents mode a text ends where the model ends it; `max_tokens` None is block_size
+        there, 500 in stream mode. temperature 0 is greedy, top_k 0 and top_p 1 are off. The same
+        (prompt, seed, sample number) gives the same text, whatever else is asked for beside it.
+        Raises UserError for impossible settings, DataError for characters the model does not know.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        sampling = self.sampling(max_tokens, temperature, top_k, top_p)
+        numbered = [(p, n) for p in prompts for n in range(num_samples)]
+        texts = []
+        with self.backend:
+            for first in range(0, len(numbered), TOGETHER):
+                part = numbered[first : first + TOGETHER]
+                uniforms = philox_uniforms(seed, [n for _, n in part])
+                texts += self.write([p for p, _ in part], sampling, uniforms)
+        return texts
+
+    def stream(
+        self,
+        prompt: str = "",
+        *,
+        num_samples: int = 1,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Yield the same as `generate` for one prompt, character by character, samples in turn."""
+        sampling = self.sampling(max_tokens, temperature, top_k, top_p)
+        context = self._context(prompt)
+        with self.backend:
+            for number in range(num_samples):
+                yield prompt
+                generator = Generator(self.gpt, self.backend, 1)
+                for tokens in generator.run([context], sampling, philox_uniforms(seed, [number])):
+                    yield self.tokenizer.decode(tokens)
+
+    def write(self, prompts: Sequence[str], sampling: Sampling, uniforms: Uniforms) -> list[str]:
+        """Write one text a prompt, all side by side, within an active backend."""
+        generator = Generator(self.gpt, self.backend, len(prompts))
+        contexts = [self._context(prompt) for prompt in prompts]
+        columns = np.array(list(generator.run(contexts, sampling, uniforms)))  # (length, S)
+        return [
+            prompt + self.tokenizer.decode(column[column >= 0])
+            for prompt, column in zip(prompts, columns.T, strict=True)
+        ]
+
+    def sampling(
+        self, max_tokens: int | None, temperature: float, top_k: int, top_p: float
+    ) -> Sampling:
+        """Settings that fit the model: documents end at BOS, running text never has one."""
+        documents, bos = self.config.data.mode == "documents", self.tokenizer.bos
+        if max_tokens is None:
+            max_tokens = self.config.model.block_size if documents else STREAM_TOKENS
+        ends = {"stop": bos} if documents else {"never": bos}
+        return Sampling(max_tokens, temperature, top_k, top_p, **ends)
+
+    def _context(self, prompt: str) -> np.ndarray[Any, Any]:
+        """Tokens to start from: BOS and the prompt, or in stream mode the prompt or a newline.
+
+        BOS is never shown to a model trained on running text, so it is not a start there.
+        """
+        ids = self.tokenizer.encode(prompt, "prompt")
+        if self.config.data.mode == "documents":
+            return np.concatenate([[self.tokenizer.bos], ids]).astype(np.int32)
+        if prompt:
+            return ids
+        newline = "\n" in self.tokenizer.characters
+        return self.tokenizer.encode("\n" if newline else self.tokenizer.characters[0])
+
+
+def load(
+    path: str | Path,
+    which: Literal["best", "last"] = "best",
+    *,
+    warn: Callable[[str], None] = warn_user,
+) -> TextModel:
+    """Read a run's best (lowest held-out loss) or last checkpoint, or the one at `path`.
+
+    Checkpoints that are damaged are passed over, each named through `warn`. Raises CheckpointError
+    where none is left.
+    """
+    return from_state(find(Path(path), which, warn=warn, with_moments=False))
+
+
+def from_state(state: State) -> TextModel:
+    """A checkpoint's weights, tokenizer and settings as a model, on whatever backend there is."""
+    double = state.weights["wte"].dtype == np.float64
+    here = ["backend=auto", f"dtype={'fp64' if double else 'auto'}"]
+    config = Config.from_dict(state.meta["config"], here, source="checkpoint")
+    tokenizer = CharTokenizer.from_dict(state.meta["tokenizer"])
+    backend = choose(config)
+    params = Params(Dims.of(config.model, tokenizer.vocab_size), backend)
+    params.load(state.weights, backend)
+    return TextModel(GPT(params), tokenizer, config, backend)
