@@ -1,4 +1,4 @@
-"""The command line: `gpu-microgpt train|generate|evaluate|prepare|plot`.
+"""The command line: `gpu-microgpt train|generate|evaluate|prepare|plot|bench`.
 
 Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 and 143 interrupted.
 Heavy modules are imported where they are used, so that help and errors come at once.
@@ -135,8 +135,33 @@ def plot(arguments: Sequence[str]) -> int:
     return 0
 
 
+def bench(arguments: Sequence[str]) -> int:
+    """Measure the training step, alone or against PyTorch."""
+    from .bench import CASES
+    from .bench import bench as measure
+
+    parser = _parser(bench)
+    parser.add_argument(
+        "cases", metavar="CASE", nargs="*", help=f"which ({', '.join(CASES)}); all but baby-gpt"
+    )
+    parser.add_argument(
+        "--against", metavar="PEER", help="also measure these, comma-separated: torch"
+    )
+    for flag, kind, default, meaning in (
+        ("--rounds", _number(int, 1), 3, "how often the engines take turns"),
+        ("--seconds", _number(float, 0), 4.0, "time for one measurement"),
+    ):
+        parser.add_argument(flag, type=kind, default=default, help=f"{meaning} ({default})")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write cpu.json and cpu.md there")
+    args = parser.parse_intermixed_args(arguments)
+    cases = args.cases or [case for case in CASES if case != "baby-gpt"]
+    peers = args.against.split(",") if args.against else []
+    print(measure(cases, peers, args.rounds, args.seconds, args.out), end="")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    command.__name__: command for command in (train, generate, evaluate, prepare, plot)
+    command.__name__: command for command in (train, generate, evaluate, prepare, plot, bench)
 }
 
 

@@ -45,7 +45,7 @@ class GPT:
         return a.losses
 
     def prefill(self, memory: Activations, batch: Batch, cache: KVCache, sequences: Array) -> Array:
-        """The same for rows that belong to `sequences` (N,) of the cache, which keeps them."""
+        """Forward, for rows that belong to `sequences` (N,) of the cache, which keeps them."""
         ops, n_head = memory.ops, self.dims.n_head
 
         def attend(layer: int, s: LayerActivations) -> None:

@@ -31,7 +31,7 @@ class Optimizer:
     def update(self, workers: Sequence[Ops], grads: Params, rate: float, step: int) -> None:
         """Update the weights with learning rate `rate`; `step` counts from 1.
 
-        Each worker's operations take an equal stretch of the flat buffers, side by side.
+        Each worker's operations take a stretch of the flat buffers, side by side.
         """
         c = self.config
         beta1, beta2 = c.betas

@@ -42,8 +42,9 @@ def table(dims: Dims) -> list[tuple[str, tuple[int, int]]]:
 class Params:
     """Weights, or anything shaped like them: gradients, moments.
 
-    `flat` (P,) holds all of it, so that an update, a norm or a sum is one pass; the gaps that
-    keep tensors aligned hold zeros and stay zero. `named` maps the table's names to views.
+    `flat` (P,), P the padded length, holds all of it, so that an update, a norm or a sum is one
+    pass; the gaps that keep tensors aligned hold zeros and stay zero. `named` maps the table's
+    names to views.
     """
 
     def __init__(self, dims: Dims, backend: Backend) -> None:
@@ -90,7 +91,7 @@ def layout(dims: Dims) -> tuple[dict[str, tuple[int, tuple[int, int]]], int]:
 def initial_weights(
     dims: Dims, draws: np.ndarray[Any, Any], scale_residual: bool
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Cut one long row of draws (P,) into named tensors, in the table's order.
+    """Cut one long row of `dims.num_params` draws into named tensors, in the table's order.
 
     With `scale_residual` the two matrices a layer that write into the residual (attn_wo, mlp_fc2)
     are divided by sqrt(2 L), so that depth does not widen it (Radford et al. 2019).

@@ -128,9 +128,9 @@ class ShardPlan:
         size, length = config.train.batch_size, dims.block_size
         shards, pieces = backend.split(size, length, dims.train_flops(size * length, length))
         sequences = -(-size // (shards * pieces))
-        # cuts fall between documents, so a piece may exceed its share by one of them
-        spare = config.data.mode == "documents"
-        return cls(shards, pieces, min(size, sequences + spare) * length)
+        # cuts fall between sequences, so where lengths differ (documents, the short window at the
+        # end of a held-out text) a piece may exceed its share by one of them
+        return cls(shards, pieces, min(size, sequences + 1) * length)
 
 
 def mean_loss(step: Step, split: Split, limit: int = 0) -> float:

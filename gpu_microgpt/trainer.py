@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,7 +17,6 @@ from .data.corpus import Corpus, load_corpus
 from .data.dataset import Dataset
 from .data.tokenizer import CharTokenizer
 from .dims import Dims
-from .generate import philox_uniforms
 from .metrics import Metrics
 from .model import GPT
 from .params import Params, initial_weights
@@ -198,15 +196,25 @@ class Trainer:
     def _samples(self) -> list[str]:
         wanted = self.config.sample
         writer = TextModel(self.model, self.dataset.tokenizer, self.config, self.backend)
-        sampling = writer.sampling(
-            wanted.max_tokens, wanted.temperature, wanted.top_k, wanted.top_p
+        heat = (wanted.max_tokens, wanted.temperature, wanted.top_k, wanted.top_p)
+        if self.config.rng == "microgpt":
+            sampling, random = writer.sampling(*heat), self._microgpt_random(self.model.dims)
+
+            def draw(position: int) -> np.ndarray[Any, Any]:
+                return np.array([random.uniform()])
+
+            # one text after the other, from the one generator
+            return [writer.write([wanted.prompt], sampling, draw)[0] for _ in range(wanted.num)]
+        max_tokens, temperature, top_k, top_p = heat
+        return writer.generate(
+            wanted.prompt,
+            num_samples=wanted.num,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=self.config.seed,
         )
-        if self.config.rng == "microgpt":  # one after the other, from the one generator
-            draw = self._microgpt_random(self.model.dims).uniform
-            one: Callable[[int], np.ndarray[Any, Any]] = lambda position: np.array([draw()])  # noqa: E731
-            return [writer.write([wanted.prompt], sampling, one)[0] for _ in range(wanted.num)]
-        uniforms = philox_uniforms(self.config.seed, range(wanted.num))
-        return writer.write([wanted.prompt] * wanted.num, sampling, uniforms)
 
     def _histograms(self, step: int) -> None:
         """Distributions of weights and gradients, and attention over one held-out sequence."""

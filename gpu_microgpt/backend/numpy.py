@@ -96,16 +96,16 @@ class NumpyBackend:
             return None
 
     def __enter__(self) -> NumpyBackend:
-        """Hold BLAS to its share of the threads until `__exit__`."""
+        """Hold BLAS to its share of the threads until `__exit__`; may be nested."""
         self._limits.append(self._controller.limit(limits=self._blas_threads, user_api="blas"))
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the shard threads and give BLAS the thread count back that it had."""
-        if self._pool is not None:
+        """Give BLAS the thread count back that it had; the outermost stops the shard threads."""
+        self._limits.pop().restore_original_limits()
+        if self._pool is not None and not self._limits:
             self._pool.shutdown()
             self._pool = None
-        self._limits.pop().restore_original_limits()
 
 
 def _usable_cores() -> int:

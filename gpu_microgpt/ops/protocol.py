@@ -10,7 +10,7 @@ where `add` is true: then they are added to those of the micro-batches before.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..data.batch import Layout
 from ..types import Array
@@ -59,7 +59,7 @@ class Ops(Protocol):
 
     # y = softmax(q k^T / sqrt(D), causal) v, per sequence and head
     def attention(self, y: Array, lse: Array, qkv: Array, layout: Layout, n_head: int) -> None:
-        """y (N, C); lse (N, H): log of each row's sum; qkv (N, 3C), read as (N, 3, H, D)."""
+        """y (N, C); lse (N, H): log of sum(exp(scores)); qkv (N, 3C), read as (N, 3, H, D)."""
 
     def attention_backward(
         self, dqkv: Array, dy: Array, y: Array, lse: Array, qkv: Array, layout: Layout, n_head: int
@@ -94,7 +94,7 @@ class Ops(Protocol):
         """losses (N,), zero where the target is -1; logits (N, V); targets (N,) int32."""
 
     def cross_entropy_backward(
-        self, dlogits: Array, losses: Array, logits: Array, targets: Array, scale: float
+        self, dlogits: Array, losses: Array, logits: Array, targets: Array, scale: Any
     ) -> None:
         """dlogits (N, V) = scale (softmax(logits) - onehot(targets)), and the losses with it.
 

@@ -28,6 +28,8 @@ def adamw(
 ) -> None:  # fmt: skip
     """One step of Adam, decoupled weight decay (Loshchilov & Hutter 2019) where it is not 0.
 
+    Weight decay acts on all weights, embeddings too, as nanoGPT's does on matrices.
+
     g = clip grads; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
     params -= rate (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay params).
     `scalars` (4,) holds rate, 1 - beta1^t, 1 - beta2^t and the clip scale.

@@ -62,8 +62,8 @@ def attention_backward(
 
     y_i = sum_j p_ij v_j gives dv and dp. The softmax's own backward is ds_ij = p_ij (dp_ij -
     sum_k dp_ik p_ik), and sum_k dp_ik p_ik = dy_i . sum_k p_ik v_k = dy_i . y_i: one number a row.
-    s_ij = scale q_i k_j gives dq and dk. Tiles are keys [start, stop) and all the queries that see
-    them, so dk and dv are written once and only dq is summed.
+    s_ij = scale q_i k_j gives dq and dk. Tiles are keys [start, stop) and all queries from start
+    on, so dk and dv are written once and only dq is summed.
     """
     for group in _groups(layout, qkv.shape[1] // 3, n_head):
         arrays = [*_heads(dqkv, group, 3), *_heads(qkv, group, 3), *_heads(dy, group, 1)]
