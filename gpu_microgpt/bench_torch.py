@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .bench import BATCHES, Setting, timed
+from .bench_setting import BATCHES, Setting, timed
 from .data.batch import Batch
 from .errors import UserError
 

@@ -137,8 +137,8 @@ def plot(arguments: Sequence[str]) -> int:
 
 def bench(arguments: Sequence[str]) -> int:
     """Measure the training step, alone or against PyTorch."""
-    from .bench import CASES
     from .bench import bench as measure
+    from .bench_setting import CASES
 
     parser = _parser(bench)
     parser.add_argument(

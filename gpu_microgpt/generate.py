@@ -65,8 +65,13 @@ class Generator:
     ) -> Iterator[np.ndarray[Any, Any]]:
         """Yield the next tokens (S,) int32 of all texts, until all have ended; -1: had ended.
 
-        contexts: one (n >= 1,) int32 array a text. Only the last block_size tokens are read.
+        contexts: one (n >= 1,) int32 array for each of the S sequences, else ValueError; only the
+        last block_size tokens are read.
         """
+        wanted = len(self.cache.lengths)
+        if len(contexts) != wanted or not all(map(len, contexts)):
+            sizes = [len(context) for context in contexts]
+            raise ValueError(f"contexts: got lengths {sizes}, wanted {wanted} of at least 1")
         texts = [list(context) for context in contexts]
         logits = self._read([text[-self.block_size :] for text in texts], range(len(texts)))
         ended = np.zeros(len(texts), bool)
@@ -96,7 +101,7 @@ class Generator:
         """Make room in full sequences: keep the newer half (before the last, unread token)."""
         keep = self.block_size // 2
         lengths = self.backend.to_host(self.cache.lengths)
-        full = np.flatnonzero(lengths[: len(texts)] == self.block_size).tolist()
+        full = np.flatnonzero(lengths == self.block_size).tolist()
         if not full:
             return
         self.cache.lengths[full] = 0

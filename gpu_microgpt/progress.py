@@ -85,10 +85,10 @@ class Progress:
 
 
 def _shows_bars(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal that knows its width; in containers and CI some have 0."""
+    """Whether `stream` is a terminal that knows its size; in containers and CI some have 0."""
     if not stream.isatty():
         return False
     try:
-        return os.get_terminal_size(stream.fileno()).columns > 0
+        return min(os.get_terminal_size(stream.fileno())) > 0
     except OSError:  # not an operating system's terminal, so its own isatty is to be believed
         return True

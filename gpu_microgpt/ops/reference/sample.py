@@ -5,22 +5,24 @@ from __future__ import annotations
 from ...types import Array
 from .context import Context
 
+GREEDY = 1e-6  # a lower temperature would overflow float32, and leaves no choice anyway
+
 
 def sample(
     self: Context, tokens: Array, logits: Array, uniforms: Array, temperature: float, top_k: int,
     top_p: float,
 ) -> None:  # fmt: skip
-    """Invert the cumulative distribution at `uniforms`; temperature 0 takes the largest logit.
+    """Invert the cumulative distribution at `uniforms`; temperature ~0 takes the largest logit.
 
     top_k keeps the k largest logits; top_p then the fewest tokens whose probabilities add up to
     at least top_p. Equal logits: the lower id comes first.
     """
     xp = self.xp
-    if temperature == 0:
+    if temperature < GREEDY:
         tokens[...] = logits.argmax(-1)
         return
-    logits /= temperature
     logits -= logits.max(-1, keepdims=True)
+    logits /= temperature
     xp.exp(logits, out=logits)
     if 0 < top_k < logits.shape[1] or top_p < 1:
         _keep_likely(self, logits, top_k, top_p)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.op_cases import assert_close, blank, normal, planned_ops, twice
+
+SIZES = [1, 63, 16_384, 16_385, 50_001]  # pieces of the flat buffer: less than one, one, several
+
+
+@pytest.mark.parametrize("size", [1, 33, 262_144, 300_001])
+def test_norm_is_the_root_of_the_squares(dtype, size):
+    grads = normal(dtype, size)
+
+    def run():
+        norm = blank("float64", 1)
+        planned_ops(dtype, 1).global_norm(norm, grads)
+        return (norm,)
+
+    (norm,) = twice(run)
+    expected = np.sqrt((grads.astype(np.float64) ** 2).sum())
+    assert norm[0] == pytest.approx(expected, rel=1e-6 if dtype == "float32" else 1e-13)
+
+
+@pytest.mark.parametrize(("norm", "scale"), [(4.0, 0.5), (2.0, 1.0), (1.0, 1.0), (0.0, 1.0)])
+def test_clip_scale_never_enlarges(norm, scale):
+    out = blank("float64", 1)
+    planned_ops("float64", 1).clip_scale(out, np.array([norm]), 2.0)
+    assert out[0] == scale
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("clip", [1.0, 0.3])
+@pytest.mark.parametrize("size", SIZES)
+def test_update_is_the_formula(dtype, size, clip, weight_decay):
+    ops = planned_ops(dtype, 1)
+    start, m0, g = (normal(dtype, size, seed=s) for s in range(3))
+    v0 = np.abs(normal(dtype, size, seed=3))
+    beta1, beta2, eps, rate, t = 0.85, 0.99, 1e-2, 0.05, 3
+    scalars = np.array([rate, 1 - beta1**t, 1 - beta2**t, clip])
+
+    def run():
+        p, m, v = (blank(dtype, size) for _ in range(3))
+        p[...], m[...], v[...] = start, m0, v0
+        ops.adamw(p, m, v, g, scalars, beta1, beta2, eps, weight_decay)
+        return p, m, v
+
+    p, m, v = twice(run)
+    wide = clip * g.astype(np.float64)
+    expected_m = beta1 * m0 + (1 - beta1) * wide
+    expected_v = beta2 * v0 + (1 - beta2) * wide**2
+    mean, square = expected_m / (1 - beta1**t), expected_v / (1 - beta2**t)
+    step = mean / (np.sqrt(square) + eps) + weight_decay * start.astype(np.float64)
+    assert_close(m, expected_m)
+    assert_close(v, expected_v)
+    assert_close(p, start - rate * step)
+
+
+def test_a_zero_gradient_moves_nothing(dtype):
+    ops = planned_ops(dtype, 1)
+    p, m, v, g = np.ones(5, dtype), *(np.zeros(5, dtype) for _ in range(3))
+    ops.adamw(p, m, v, g, np.array([0.1, 0.1, 0.01, 1.0]), 0.9, 0.99, 1e-8, 0.0)
+    assert p.tolist() == [1] * 5
+    assert not m.any()
+    assert not v.any()

@@ -1,0 +1,164 @@
+"""Each module imports only from those above it. Read from the source, so that an import inside a
+function or for types alone counts too."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import gpu_microgpt
+
+PACKAGE = "gpu_microgpt"
+ROOT = Path(gpu_microgpt.__file__).parent
+
+# Top to bottom; a folder is one layer, inside which imports must only not go round in circles.
+ORDER = [
+    "version", "errors", "types", "arena", "settings", "config", "schedule", "rng", "dims",
+    "data", "backend", "ops", "params", "activations", "kv_cache", "model", "optim", "step",
+    "memory_plan", "atomic_folder", "checkpoint", "run_folder", "generate", "text_model",
+    "evaluate", "event_files", "metrics", "plot", "progress", "report", "signals", "trainer",
+    "bench_setting", "bench_torch", "bench", "cli", "__init__",
+]  # fmt: skip
+CUPY = ("backend.", "ops.cuda.")  # the only modules that may import cupy
+TORCH = "bench_torch"  # what is measured against; nobody else knows it
+NEVER = {"torch", "tensorflow", "jax"}
+DYNAMIC = {"import_module", "__import__", "exec", "eval"}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted names inside the package, "ops.reference.relu"; a package is "ops.__init__"."""
+    paths = sorted(ROOT.rglob("*.py"))
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+
+
+MODULES = modules()
+
+
+def layer(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def imports(source: str, module: str, known: set[str]) -> set[str]:
+    """All that the source of `module` imports: modules of the package by their dotted name inside
+    it, others by their first name with a ":" before it. Dynamic imports are ":dynamic"."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {_inside(alias.name, known) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = _absolute(node, module)
+            found |= {_inside(f"{base}.{alias.name}", known) for alias in node.names}
+            if DYNAMIC & {alias.name for alias in node.names}:
+                found.add(":dynamic")
+        elif isinstance(node, ast.Name | ast.Attribute):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+            if name in DYNAMIC:
+                found.add(":dynamic")
+    return found
+
+
+def _absolute(node: ast.ImportFrom, module: str) -> str:
+    """The module a `from` names, with the package's name first where it is relative."""
+    if not node.level:
+        return node.module or ""
+    parents = [PACKAGE, *module.split(".")][: -node.level]
+    return ".".join([*parents, *([node.module] if node.module else [])])
+
+
+def _inside(dotted: str, known: set[str]) -> str:
+    """A name as in `imports`: the longest beginning of it that is a module."""
+    first, *rest = dotted.split(".")
+    if first != PACKAGE:
+        return f":{first}"
+    for end in range(len(rest), -1, -1):
+        for candidate in (".".join(rest[:end]), ".".join([*rest[:end], "__init__"])):
+            if candidate in known:
+                return candidate
+    raise AssertionError(f"{dotted}: no such module")
+
+
+def faults(module: str, found: set[str]) -> list[str]:
+    """What in these imports breaks the rules."""
+    broken = []
+    for name in found:
+        if name[1:] in NEVER and (name, module) != (":torch", TORCH):
+            broken.append(f"{module} imports {name[1:]}, wanted nowhere")
+        elif name == ":cupy" and not module.startswith(CUPY):
+            broken.append(f"{module} imports cupy, wanted only in {' and '.join(CUPY)}")
+        elif name == ":dynamic":
+            broken.append(f"{module} imports by a name made at run time")
+        elif name[0] != ":" and layer(name) != layer(module):
+            above = ORDER[: ORDER.index(layer(module))]
+            if layer(name) not in above:
+                broken.append(f"{module} imports {name}, which lies below it")
+    return broken
+
+
+GRAPH = {
+    name: imports(path.read_text("utf-8"), name, set(MODULES)) for name, path in MODULES.items()
+}
+
+
+def test_every_module_has_its_place():
+    unknown = {layer(module) for module in MODULES} - set(ORDER)
+    assert not unknown, f"add to ORDER: {sorted(unknown)}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_come_from_above(module):
+    assert faults(module, GRAPH[module]) == []
+
+
+def test_no_circle_of_imports():
+    left = {module: {name for name in found if name[0] != ":"} for module, found in GRAPH.items()}
+    while free := [module for module, wants in left.items() if not wants & (set(left) - {module})]:
+        for module in free:
+            del left[module]
+    assert not left, f"in or behind a circle: {sorted(left)}"
+
+
+def test_reading_found_the_imports():
+    assert "ops.reference.context" in GRAPH["ops.reference.relu"]
+    assert {"activations", "data.batch", ":typing"} <= GRAPH["model"]
+    assert "ops.reference.__init__" in GRAPH["ops.__init__"]
+
+
+KNOWN = {
+    "__init__", "errors", "config", "model", "trainer", "data.__init__", "data.batch",
+    "ops.__init__", "ops.relu", "ops.cuda.__init__", "ops.cuda.relu", "backend.cupy",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "fault"),
+    [
+        ("model", "from .trainer import Trainer", "imports trainer, which lies below"),
+        ("model", "from . import trainer", "imports trainer, which lies below"),
+        ("model", "import gpu_microgpt.trainer as t", "imports trainer, which lies below"),
+        ("model", "from gpu_microgpt import trainer", "imports trainer, which lies below"),
+        ("model", "from gpu_microgpt import load", "imports __init__, which lies below"),
+        ("model", "def f():\n    from .trainer import T", "imports trainer, which lies below"),
+        ("model", "if TYPE_CHECKING:\n    from .trainer import T", "which lies below"),
+        ("data.batch", "from ..model import GPT", "imports model, which lies below"),
+        ("data.__init__", "from ..model import GPT", "imports model, which lies below"),
+        ("data.__init__", "from ..ops import relu", "imports ops.relu, which lies below"),
+        ("ops.cuda.relu", "from ...model import GPT", "imports model, which lies below"),
+        ("config", "from .data import pack", "imports data.__init__, which lies below"),
+        ("model", "import cupy", "imports cupy"),
+        ("ops.relu", "import cupy.cuda.nccl", "imports cupy"),
+        ("model", "def f():\n    import torch.nn", "imports torch"),
+        ("backend.cupy", "from torch import nn", "imports torch"),
+        ("model", "import importlib\nimportlib.import_module('x')", "made at run time"),
+        ("model", "from importlib import import_module as i", "made at run time"),
+        ("model", "__import__('torch')", "made at run time"),
+        ("model", "from .data import batch\nfrom .ops.cuda.relu import relu", None),
+        ("trainer", "from gpu_microgpt.model import GPT\nimport numpy", None),
+        ("backend.cupy", "import cupy\nfrom ..config import Config", None),
+        ("ops.cuda.relu", "import cupy\nfrom . import relu\nfrom .. import relu", None),
+    ],
+)
+def test_the_rules_hold_and_let_pass(module, source, fault):
+    found = faults(module, imports(source, module, KNOWN))
+    assert (len(found) == 1 and fault in found[0]) if fault else found == []
