@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import groupby
-from math import prod
 
 from . import activations, params
 from .arena import Shape
@@ -14,6 +13,8 @@ from .errors import BackendError
 from .step import ShardPlan
 
 SHARE = 0.9  # of the device's memory that a run may plan on
+
+BATCH_BYTES = 40  # a position of a batch while it is gathered: three int32, three or four int64
 
 Entry = tuple[str, str, int]  # what, how many of which shape, bytes
 
@@ -29,17 +30,18 @@ def entries(config: Config, dims: Dims, backend: Backend) -> list[Entry]:
         ("moments m, v", f"2 x {flat:,}", 2 * flat * size),
         ("gradients", f"{shards} x {flat:,}", shards * flat * size),
     ]
+    positions = config.train.grad_accum * config.train.batch_size * dims.block_size
+    plan.append(("batch", f"{positions:,}", positions * BATCH_BYTES))
     arrays = activations.plan(dims, rows, size, training=True)
 
     def kind(entry: tuple[str, Shape, int]) -> tuple[str, Shape]:
         return entry[0].rpartition(".")[2], entry[1]
 
-    ordered = sorted(arrays, key=lambda entry: -prod(entry[1]))
-    for (name, shape), same in groupby(sorted(ordered, key=kind), key=kind):
+    for (name, shape), same in groupby(sorted(arrays, key=kind), key=kind):
         group = list(same)
         count = shards * len(group)
         plan.append((name, f"{count} x {shape}", shards * sum(size for _, _, size in group)))
-    return plan[:3] + sorted(plan[3:], key=lambda entry: -entry[2])
+    return plan[:4] + sorted(plan[4:], key=lambda entry: -entry[2])
 
 
 def check(config: Config, dims: Dims, backend: Backend) -> str:
