@@ -17,6 +17,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ from .version import __version__
 
 def measure_ours(setting: Setting, seconds: float) -> dict[str, Any]:
     """Time our step; {"ms": median, "loss": of the first step, "ops": {name: share}, ...}."""
-    with choose(setting.config) as backend:
-        model = GPT(Params(setting.dims, backend))
-        model.params.load(setting.weights, backend)
-        step = Step.build(model, setting.config, backend)
+    backend = choose(setting.config)
+    model = GPT(Params(setting.dims, backend))
+    model.params.load(setting.weights, backend)
+    step = Step.build(model, setting.config, backend)
+    with backend:
         rate = setting.config.optimizer.lr
 
         def run(number: int) -> None:
@@ -53,7 +55,7 @@ def measure_ours(setting: Setting, seconds: float) -> dict[str, Any]:
 
 
 class _TimedOps:
-    """Passes calls on and adds up their time; every thread for itself."""
+    """Passes calls on and adds up their time, that of all threads together."""
 
     def __init__(self, ops: Any, spent: dict[str, float]) -> None:
         self._ops, self._spent = ops, spent
@@ -105,6 +107,8 @@ def bench(
     cases: Sequence[str], against: Sequence[str], rounds: int, seconds: float, out: Path | None
 ) -> str:
     """Measure the cases and return the report in Markdown; also written to `out` with the JSON."""
+    for unknown in set(against) - {"torch"}:
+        raise UserError(f"{unknown}: no such peer; wanted torch")
     results = []
     for case in cases:
         setting = Setting(case)
@@ -195,15 +199,16 @@ def _machine() -> dict[str, Any]:
     models = (
         [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
     )
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    commit = "no commit"
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no clone
+        folder = str(Path(__file__).parent)
+        command = ["git", "-C", folder, "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "processor": models[0].partition(": ")[2] if models else platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "version": f"{__version__} ({commit.stdout.strip() or 'no commit'})",
+        "version": f"{__version__} ({commit})",
         "command": " ".join(sys.argv),
     }
 
@@ -212,9 +217,7 @@ def _child(case: str, engine: str, seconds: float) -> dict[str, Any]:
     setting = Setting(case)
     if engine == "ours":
         return measure_ours(setting, seconds)
-    if engine == "torch":
-        return measure_torch(setting, seconds)
-    raise UserError(f"{engine}: no such peer; wanted torch")
+    return measure_torch(setting, seconds)
 
 
 if __name__ == "__main__":

@@ -78,12 +78,17 @@ def save(folder: Path, state: State, keep: int) -> Path:
 
 
 def discard_after(folder: Path, step: int) -> list[Path]:
-    """Delete the checkpoints later than `step` and return their paths, the latest first.
+    """Delete the good checkpoints later than `step` and return their paths, the latest first.
 
     For a run that goes on from an older checkpoint: the later ones are no longer its future, and
     would otherwise be found as the newest. Raises CheckpointError if the disk refuses.
     """
-    later = [path for saved, path in _checkpoints(folder) if saved > step]
+    later = []
+    for saved, path in _checkpoints(folder):
+        if saved > step:
+            with suppress(_DamagedError):  # nothing is deleted that cannot be judged
+                _read_state(path)
+                later.append(path)
     with _one_line(f"cannot delete the checkpoints after step {step}", folder):
         for path in later:
             atomic_folder.remove(path)

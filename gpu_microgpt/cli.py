@@ -1,13 +1,14 @@
 """The command line: `gpu-microgpt train|generate|evaluate|prepare|plot|bench`.
 
-Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 and 143 interrupted.
+Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 and 143 interrupted, 141
+nobody reads the output any more.
 Heavy modules are imported where they are used, so that help and errors come at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .arguments import add_checkpoint, add_prompt, add_sampling, number, parser_for
 from .errors import UserError
 
 
@@ -25,7 +27,7 @@ def train(arguments: Sequence[str]) -> int:
     from .config import Config, settings_help, shipped
 
     width = shutil.get_terminal_size((100, 24)).columns
-    parser = _parser(
+    parser = parser_for(
         train, "settings, each with default, meaning and type:\n" + settings_help(width)
     )
     names = ", ".join(shipped())
@@ -54,10 +56,10 @@ def train(arguments: Sequence[str]) -> int:
 
 def generate(arguments: Sequence[str]) -> int:
     """Write text with a trained model."""
-    parser = _parser(generate)
-    _add_checkpoint(parser)
-    _add_prompt(parser)
-    _add_sampling(parser)
+    parser = parser_for(generate)
+    add_checkpoint(parser)
+    add_prompt(parser)
+    add_sampling(parser)
     parser.add_argument("--no-stream", action="store_true", help="print when all is written")
     parser.add_argument("--json", action="store_true", help="print a list of {prompt, text}")
     args = parser.parse_intermixed_args(arguments)
@@ -69,6 +71,8 @@ def generate(arguments: Sequence[str]) -> int:
     from .text_model import load
 
     model = load(args.path, which=args.checkpoint)
+    if model.config.data.mode == "documents":  # lines are stripped when they are read
+        prompts = [prompt.strip() for prompt in prompts]
     if len(prompts) * args.num_samples == 1 and not (args.no_stream or args.json):
         for piece in model.stream(prompts[0], **options):
             print(piece, end="", flush=True)
@@ -85,8 +89,8 @@ def generate(arguments: Sequence[str]) -> int:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Held-out loss, bits per character and perplexity of a checkpoint."""
-    parser = _parser(evaluate)
-    _add_checkpoint(parser)
+    parser = parser_for(evaluate)
+    add_checkpoint(parser)
     parser.add_argument("--data", metavar="FILE", help="another text than the held-out split")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     args = parser.parse_intermixed_args(arguments)
@@ -104,7 +108,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 def prepare(arguments: Sequence[str]) -> int:
     """Download and check texts ahead of training."""
-    parser = _parser(prepare)
+    parser = parser_for(prepare)
     parser.add_argument(
         "sources", metavar="SOURCE", nargs="+", help="names, shakespeare, a file or a URL"
     )
@@ -117,7 +121,7 @@ def prepare(arguments: Sequence[str]) -> int:
 
 def plot(arguments: Sequence[str]) -> int:
     """Draw the loss curves of runs to a PNG file."""
-    parser = _parser(plot)
+    parser = parser_for(plot)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
     parser.add_argument(
         "-o",
@@ -130,8 +134,7 @@ def plot(arguments: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(arguments)
     from .plot import plot_runs
 
-    plot_runs(args.runs, args.output)
-    print(args.output)
+    print(plot_runs(args.runs, args.output))
     return 0
 
 
@@ -140,7 +143,7 @@ def bench(arguments: Sequence[str]) -> int:
     from .bench import bench as measure
     from .bench_setting import CASES
 
-    parser = _parser(bench)
+    parser = parser_for(bench)
     parser.add_argument(
         "cases", metavar="CASE", nargs="*", help=f"which ({', '.join(CASES)}); all but baby-gpt"
     )
@@ -148,8 +151,8 @@ def bench(arguments: Sequence[str]) -> int:
         "--against", metavar="PEER", help="also measure these, comma-separated: torch"
     )
     for flag, kind, default, meaning in (
-        ("--rounds", _number(int, 1), 3, "how often the engines take turns"),
-        ("--seconds", _number(float, 0), 4.0, "time for one measurement"),
+        ("--rounds", number(int, 1), 3, "how often the engines take turns"),
+        ("--seconds", number(float, 0), 4.0, "time for one measurement"),
     ):
         parser.add_argument(flag, type=kind, default=default, help=f"{meaning} ({default})")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write cpu.json and cpu.md there")
@@ -167,26 +170,32 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the result is the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without a letter shows its code
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
         return code
     except UserError as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 2
+        return _fail(str(failure))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has gone: nothing more to say
+    except BrokenPipeError:  # the reader, such as `head`, has gone: nothing more can be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141
     except OSError as failure:
-        if failure.filename is None:
-            raise
-        print(f"error: {failure.filename}: {failure.strerror}", file=sys.stderr)
-        return 2
+        return _fail(f"{failure.filename or 'output'}: {failure.strerror}")
+    except MemoryError:
+        return _fail("out of memory: lower train.batch_size, or choose a smaller model or text")
     except SystemExit as done:  # argparse, after printing help
         return int(done.code or 0)
+
+
+def _fail(line: str) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return 2
 
 
 def entry() -> NoReturn:
@@ -208,86 +217,9 @@ def _dispatch(arguments: list[str]) -> int:
     return COMMANDS[name](rest)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes in one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help lists what there is)")
-
-
-def _parser(command: Callable[[Sequence[str]], int], epilog: str = "") -> _Parser:
-    return _Parser(
-        prog=f"gpu-microgpt {command.__name__}",
-        description=command.__doc__,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="RUN", type=Path, help="a run's or a checkpoint's folder")
-    parser.add_argument(
-        "--checkpoint",
-        choices=("best", "last"),
-        default="best",
-        help="of a run: the one with the lowest held-out loss, or the last (best)",
-    )
-
-
-def _add_prompt(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="go on from TEXT; repeat for more texts"
-    )
-    group.add_argument("--prompt-file", type=Path, metavar="FILE", help="go on from FILE's text")
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    heat = parser.add_mutually_exclusive_group()
-    heat.add_argument(
-        "--greedy",
-        dest="temperature",
-        action="store_const",
-        const=0.0,
-        default=argparse.SUPPRESS,  # --temperature has the default
-        help="likeliest token only",
-    )
-    text_length = "longest text (the context length for documents, 500 for running text)"
-    for group, flag, kind, default, metavar, meaning in (
-        (heat, "--temperature", _number(float, 0), 1.0, "X", "below 1 safer, above 1 wilder"),
-        (parser, "--num-samples", _number(int, 1), 1, "N", "texts a prompt"),
-        (parser, "--max-tokens", _number(int, 1), None, "N", text_length),
-        (parser, "--top-k", _number(int, 0), 0, "K", "draw from the K likeliest tokens; 0: off"),
-        (parser, "--top-p", _number(float, 0, 1), 1.0, "P", "draw from probability mass P; 1: off"),
-        (parser, "--seed", _number(int, 0), 0, "N", "same seed, same text"),
-    ):
-        shown = "" if default is None else f" ({default})"
-        group.add_argument(flag, type=kind, default=default, metavar=metavar, help=meaning + shown)
-
-
-def _number(
-    kind: type[int] | type[float], low: float, high: float = math.inf
-) -> Callable[[str], float]:
-    """An argparse type: a number in [low, high]."""
-    what = {int: "an integer", float: "a number"}[kind]
-    wanted = f"{what} >= {low}" if high == math.inf else f"{what} from {low} to {high}"
-
-    def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:  # nan is neither
-            raise argparse.ArgumentTypeError(f"got {text}, wanted {wanted}")
-        return value
-
-    return convert
-
-
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as failure:
         raise UserError(f"{path}: cannot read the prompt: {failure.strerror}") from None
     except UnicodeDecodeError as failure:
@@ -295,4 +227,11 @@ def _read(path: Path) -> str:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    print(json.dumps(_plain(value), indent=2, default=str))
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity and no NaN: null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -38,11 +38,6 @@ class ModelConfig(Settings):
         default=False, description="attn_wo and mlp_fc2 start with init_std / sqrt(2 n_layer)"
     )
 
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head, D = C / H."""
-        return self.n_embd // self.n_head
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         require(
@@ -85,14 +80,14 @@ class TrainConfig(Settings):
         default=None, description="save and end after this step, schedules as if it went on"
     )
     eval_interval: CountOrZero = Field(
-        default=100, description="steps between evaluations; 0: never"
+        default=100, description="steps between evaluations; 0: only at the end"
     )
     eval_batches: CountOrZero = Field(
         default=0, description="batches an evaluation; 0: the whole split"
     )
     log_interval: Count = Field(default=10, description="steps between logged losses")
     sample_interval: CountOrZero = Field(
-        default=0, description="steps between sample texts; 0: never"
+        default=0, description="steps between sample texts; 0: only at the end"
     )
     histogram_interval: CountOrZero = Field(
         default=0, description="steps between histograms and attention pictures; 0: never"
@@ -166,7 +161,7 @@ class CheckpointConfig(Settings):
 class SampleConfig(Settings):
     """Texts written during and after training."""
 
-    num: CountOrZero = Field(default=1, description="texts each time")
+    num: CountOrZero = Field(default=1, description="texts each time; 0: none")
     max_tokens: Count | None = Field(
         default=None, description="longest text; null: block_size (documents) or 500 (stream)"
     )

@@ -17,6 +17,8 @@ from .run_folder import check_corpus
 from .step import Step, mean_loss
 from .text_model import TextModel, from_state
 
+MAX_EXPONENT = 700  # exp of more is beyond a float
+
 
 def evaluate(
     path: str | Path,
@@ -27,21 +29,22 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return loss (nats a token), bits a character, perplexity, and what they were measured on.
 
-    Without `data` the run's own held-out split is scored, else the whole of that file or source,
-    each token once, in windows of block_size. Raises CheckpointError, DataError.
+    Without `data` the run's own held-out split is scored, else all of that file or source, each
+    token once, in windows of block_size; a document is cut to its first block_size tokens. In
+    documents mode its end counts as a character. Raises CheckpointError, DataError.
     """
     state = find(Path(path), which, warn=warn, with_moments=False)
     model = from_state(state)
     split, name = _own_split(model, state.meta["corpus"], warn) if data is None else _text(
         model, data, warn
     )  # fmt: skip
+    step = Step.build(model.gpt, model.config, model.backend)
     with model.backend:
-        step = Step.build(model.gpt, model.config, model.backend)
         loss = mean_loss(step, split)
     return {
         "loss": loss,
         "bits_per_char": loss / math.log(2),
-        "perplexity": math.exp(loss),
+        "perplexity": math.exp(loss) if loss < MAX_EXPONENT else math.inf,
         "tokens": split.num_targets,
         "data": name,
         "checkpoint": str(path),

@@ -27,6 +27,7 @@ from tensorboard.plugins.hparams.metadata import (
 )
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from .atomic_folder import fsync_folder
 from .errors import UserError
 
 PREFIX = "events.out.tfevents."
@@ -172,11 +173,7 @@ def replace(path: Path, old: bytes, new: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        fsync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error

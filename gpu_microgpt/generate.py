@@ -17,6 +17,7 @@ from .kv_cache import KVCache
 from .model import GPT
 from .rng import Stream, uniform
 
+MAX_HEAT = 1e6  # all tokens are as good as equal long before
 DRAWS = 256  # uniforms drawn at a time for one text
 
 Uniforms = Callable[[int], np.ndarray[Any, Any]]  # position in the new text -> (S,) in [0, 1)
@@ -37,7 +38,7 @@ class Sampling:
         """Raise UserError for settings no text can be drawn with."""
         for name, fits, wanted in (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < np.inf, "0 (greedy) or more"),
+            ("temperature", 0 <= self.temperature <= MAX_HEAT, f"from 0 (greedy) to {MAX_HEAT:g}"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
         ):

@@ -30,6 +30,7 @@ def entries(config: Config, dims: Dims, backend: Backend) -> list[Entry]:
         ("moments m, v", f"2 x {flat:,}", 2 * flat * size),
         ("gradients", f"{shards} x {flat:,}", shards * flat * size),
     ]
+    plan.append(("copies to save", f"6 x {flat:,}", 6 * flat * size))  # arrays, then their bytes
     positions = config.train.grad_accum * config.train.batch_size * dims.block_size
     plan.append(("batch", f"{positions:,}", positions * BATCH_BYTES))
     arrays = activations.plan(dims, rows, size, training=True)
@@ -41,7 +42,7 @@ def entries(config: Config, dims: Dims, backend: Backend) -> list[Entry]:
         group = list(same)
         count = shards * len(group)
         plan.append((name, f"{count} x {shape}", shards * sum(size for _, _, size in group)))
-    return plan[:4] + sorted(plan[4:], key=lambda entry: -entry[2])
+    return plan[:5] + sorted(plan[5:], key=lambda entry: -entry[2])
 
 
 def check(config: Config, dims: Dims, backend: Backend) -> str:
@@ -51,8 +52,8 @@ def check(config: Config, dims: Dims, backend: Backend) -> str:
     if limit is not None and total > SHARE * limit:
         raise BackendError(_too_large(config, dims, backend, total, limit))
     cut = ShardPlan.of(config, dims, backend)
-    lines = [f"memory: {_mb(total)} (shards {cut.shards}, each in {cut.pieces} pieces of up to "
-             f"{cut.rows:,} rows)"]  # fmt: skip
+    parts = f"{cut.shards} x {cut.pieces} parts of up to {cut.rows:,} rows"
+    lines = [f"memory: {_mb(total)}, the batch in {parts} (shards x pieces)"]
     lines += [f"  {name:<14} {shape:<24} {_mb(size):>10}" for name, shape, size in plan]
     return "\n".join(lines)
 

@@ -15,10 +15,11 @@ TRAIN, VAL = "loss/train", "loss/val"
 WINDOW = 0.02  # the smoothed curve averages over this part of a run's points
 
 
-def plot_runs(runs: Sequence[Path], out: Path) -> None:
+def plot_runs(runs: Sequence[Path], out: Path) -> Path:
     """Draw loss/train (light), its running mean and loss/val of every run into the picture `out`.
 
-    `runs` are run folders, or metrics.jsonl files; the ending of `out` chooses the format (.png).
+    `runs` are run folders, or metrics.jsonl files; the ending of `out` chooses the format, .png
+    where it has none. Returns the path written.
     UserError when matplotlib is missing, a run has no loss yet, or `out` cannot be written.
     """
     try:
@@ -39,6 +40,7 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    out = out if out.suffix else out.with_suffix(".png")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out)
@@ -48,6 +50,7 @@ def plot_runs(runs: Sequence[Path], out: Path) -> None:
         raise UserError(
             f"cannot write {out}: got the ending {out.suffix!r}, wanted .png"
         ) from error
+    return out
 
 
 def smooth(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -16,21 +16,19 @@ _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{pos
 class Progress:
     """Shows the steps of a run on `stream`; use it as a context manager, or call `close`."""
 
-    def __init__(
-        self, total: int, initial: int = 0, enabled: bool = True, stream: TextIO | None = None
-    ) -> None:
-        """Begin at step `initial` of `total`. `enabled` False leaves only the messages of `log`.
+    def __init__(self, total: int, initial: int = 0, stream: TextIO | None = None) -> None:
+        """Begin at step `initial` of `total`.
 
         `stream` is the standard output unless given; whether it is a terminal decides between the
         bar and lines.
         """
         self._total = total
         self._stream = stream or sys.stdout
-        self._lines = enabled and not _shows_bars(self._stream)
+        self._lines = not _shows_bars(self._stream)
         self._bar = tqdm(
             total=total,
             initial=initial,
-            disable=not enabled or self._lines,
+            disable=self._lines,
             file=self._stream,
             bar_format=_BAR,
             dynamic_ncols=True,

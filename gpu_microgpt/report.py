@@ -22,7 +22,7 @@ PICTURE = 256  # pixels an attention map has at least
 class Report:
     """Turns what was measured into lines, points and files.
 
-    Speed counts the time between `begin_steps` and `end_steps` only: no evaluation, no sampling.
+    Speed counts the time between `begin_step` and `end_step` only: no evaluation, no sampling.
     """
 
     def __init__(self, metrics: Metrics, progress: Progress, folder: RunFolder) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .checkpoint import State, discard_after, find, newest, save, saved_steps
 from .config import Config
 from .data.corpus import Corpus
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, UserError
 from .settings import flatten
 
 Log = Callable[[str], None]
@@ -56,13 +61,40 @@ class RunFolder:
         self._compare(state, log)
         return state
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other programs out of this folder, which is made where there is none.
+
+        Raises ConfigError where another run is at work here.
+        """
+        held = FileLock(self.path / ".lock", timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            held.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"run.name: another program is training in {self.path}; wait for it, or choose "
+                "another run.name"
+            ) from None
+        except OSError as failure:
+            raise UserError(f"cannot write to {self.path}: {failure.strerror}") from None
+        try:
+            yield
+        finally:
+            held.release()
+
     def begin(self, state: State | None, log: Log) -> None:
-        """Make the folder, write the settings, drop checkpoints from after the start."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        again = Config.from_dict(self.config.to_dict(), ["resume=null"])
-        (self.path / "config.yaml").write_text(again.to_yaml(), encoding="utf-8")
-        for path in discard_after(self.checkpoints, state.step if state else -1):
+        """Make this folder the run's: its settings, and no checkpoints from after the start.
+
+        A run that goes on from another folder's checkpoint gets a copy of it first.
+        """
+        step = state.step if state else -1
+        for path in discard_after(self.checkpoints, step):
             log(f"removed {path}: later than the step this run goes on from")
+        if state and step not in saved_steps(self.checkpoints):
+            self.save(state)
+        again = Config.from_dict(self.config.to_dict(), ["resume=null"])
+        self._write("config.yaml", again.to_yaml())
 
     def save(self, state: State) -> Path:
         """Write a checkpoint, durable on return."""
@@ -71,9 +103,21 @@ class RunFolder:
 
     def write_sample(self, step: int, text: str) -> Path:
         """Keep sample texts of a step."""
-        path = self.path / "samples" / f"step-{step:08d}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        return self._write(f"samples/step-{step:08d}.txt", text + "\n")
+
+    def _write(self, name: str, text: str) -> Path:
+        """Write a text file whole or not at all. Raises UserError where the disk refuses."""
+        path = self.path / name
+        temporary = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as failure:
+            raise UserError(
+                f"cannot write {path}: {failure.strerror}; free some space or check the folder's "
+                "permissions, then resume"
+            ) from None
         return path
 
     def _compare(self, state: State, log: Log) -> None:
@@ -87,6 +131,13 @@ class RunFolder:
                     f"model.{key}: got {got}, but the checkpoint to resume has {was}; wanted the "
                     "same model: leave the setting or begin a new run"
                 )
+        held = [k for k in ("seed", "data.val_fraction", "data.mode") if k in changed]
+        if held and state.meta["corpus"]["requested"] == self.config.data.source:
+            was, got = changed[held[0]]
+            raise ConfigError(
+                f"{held[0]}: got {got}, but the checkpoint to resume has {was}; wanted the same: "
+                "held-out text would be trained on"
+            )
         said = [
             f"{key} {was} -> {got}"
             for key, (was, got) in changed.items()
@@ -114,6 +165,7 @@ def check_corpus(corpus: Corpus, saved: Mapping[str, Any], log: Log) -> None:
 
 def command(name: str, *arguments: object) -> str:
     """The command line a user would type for `name`, in the way this program was started."""
-    script = Path(sys.argv[0])
-    started = f"python {script.parent / name}.py" if script.suffix == ".py" else None
-    return " ".join([started or f"gpu-microgpt {name}", *map(str, arguments)])
+    script = Path(sys.argv[0]).with_name(f"{name}.py")
+    from_clone = script.parent.name == "scripts" and script.is_file()
+    start = [sys.orig_argv[0], str(script)] if from_clone else ["gpu-microgpt", name]
+    return shlex.join([*start, *map(str, arguments)])

@@ -106,16 +106,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
 class _Dumper(yaml.SafeDumper):
     """Blocks for sections, [a, b] for lists."""
 
+
+for _side in (_Loader, _Dumper):  # the dumper quotes texts that would be read back as numbers
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 _Dumper.add_representer(
     list,
@@ -143,7 +143,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as failure:
         reason = getattr(failure, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"{path}: cannot read the settings: {reason}") from None
-    except (yaml.YAMLError, ValueError) as failure:  # ValueError: a date such as 2026-13-01
+    # ValueError: a date such as 2026-13-01; RecursionError: an anchor inside itself
+    except (yaml.YAMLError, ValueError, RecursionError) as failure:
         raise ConfigError(f"{path}: not valid YAML: {_yaml_problem(failure)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: got {_show(values)}, wanted sections of `key: value` settings")
@@ -231,7 +232,8 @@ def _nearest(key: str, known: Mapping[str, FieldInfo]) -> str:
     names = {k.rpartition(".")[2]: k for k in reversed(list(known))}
     names |= {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     if not section:
-        names |= {k: k for k in _sections(known)}
+        sections = {k: k for k in _sections(known)}
+        names = sections if difflib.get_close_matches(name, sections, n=1) else names | sections
     for candidate in difflib.get_close_matches(name, names, n=1):
         return f"did you mean {names[candidate]}?"
     return f"known here: {_names_in(section, known)}"

@@ -18,6 +18,8 @@ from .model import GPT
 from .optim import Optimizer
 from .params import Params
 
+MAX_RECORDS = 1024  # steps whose loss waits to be read
+
 
 class Shard:
     """A part of the batch: memory and gradients of its own, so that shards never wait."""
@@ -48,7 +50,7 @@ class Shard:
 
 
 class Step:
-    """The whole step over all shards. It allocates nothing and reads nothing back.
+    """The whole step over all shards. It takes no memory and reads nothing back.
 
     `records` (ring, 2) float64 keeps loss and gradient norm of the last `ring` steps, step s in
     row s % ring, to be read when they are wanted.
@@ -74,7 +76,8 @@ class Step:
         plan = ShardPlan.of(config, model.dims, backend)
         optimizer = Optimizer(config.optimizer, model.params, backend)
         workers = [Shard(model, plan.rows, backend) for _ in range(plan.shards)]
-        return cls(model, optimizer, workers, plan.pieces, backend, config.train.log_interval)
+        ring = min(config.train.log_interval, MAX_RECORDS)
+        return cls(model, optimizer, workers, plan.pieces, backend, ring)
 
     @property
     def grads(self) -> Params:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
-from . import memory_plan
+from . import memory_plan, snapshot
 from .backend import Backend, choose
 from .checkpoint import State
 from .config import Config
@@ -17,6 +18,7 @@ from .data.corpus import Corpus, load_corpus
 from .data.dataset import Dataset
 from .data.tokenizer import CharTokenizer
 from .dims import Dims
+from .errors import DivergedError
 from .metrics import Metrics
 from .model import GPT
 from .params import Params, initial_weights
@@ -26,6 +28,7 @@ from .rng import MicrogptRandom, Stream, normal
 from .run_folder import RunFolder, check_corpus, command
 from .schedule import learning_rate
 from .signals import StopSignals
+from .snapshot import Scores
 from .step import Step, mean_loss
 from .text_model import TextModel
 from .version import __version__
@@ -44,23 +47,26 @@ class Trainer:
 
         Raises UserError (see errors.py) for everything a user can put right.
         """
+        state = self.folder.start(print)
+        self.backend: Backend = choose(self.config)
+        print(f"backend: {self.backend.describe()}")
+        self._build(state)
+        self.start = state.step if state else 0
         with ExitStack() as stack:
-            # the bar's length is known later: until then its `log` alone is used
-            state = self.folder.start(print)
-            self.backend: Backend = stack.enter_context(choose(self.config))
-            print(f"backend: {self.backend.describe()}")
-            self._build(state)
-            self.folder.begin(state, print)
-            start = state.step if state else 0
+            stack.enter_context(self.backend)
+            stack.enter_context(self.folder.lock())
+            resume_step = None if self.config.resume is None else self.start or -1
+            metrics = Metrics(self.folder.path, resume_step=resume_step, warn=print)
+            stack.enter_context(metrics)
+            if self.start < self.end:
+                self.folder.begin(state, print)
+            del state  # its arrays are copied: let them go
             signals = stack.enter_context(StopSignals())
-            metrics = stack.enter_context(
-                Metrics(self.folder.path, resume_step=self._metrics_start(start), warn=print)
-            )
-            progress = stack.enter_context(Progress(self.total, initial=start))
+            progress = stack.enter_context(Progress(self.total, initial=self.start))
             self.report = Report(metrics, progress, self.folder)
-            metrics.text(start + (start > 0), "config", self.config.to_yaml())
+            metrics.text(self.start + (self.start > 0), "config", self.config.to_yaml())
             metrics.hparams(self.config.to_dict(), ["loss/train", "loss/val"])
-            last = self._train(start, signals)
+            last = self._train(signals)
         if signals.number is not None and last < self.end:
             print(f"stopped at step {last}, saved; go on with: {self._resume_command()}")
             return 128 + signals.number
@@ -72,16 +78,14 @@ class Trainer:
     def _build(self, state: State | None) -> None:
         """Data, model and step, fresh or from a checkpoint."""
         config = self.config
-        corpus = load_corpus(config.data, log=print)
-        tokenizer = None
-        if state:
-            check_corpus(corpus, state.meta["corpus"], print)
-            tokenizer = CharTokenizer.from_dict(state.meta["tokenizer"])
+        corpus = self._load_corpus(state)
+        tokenizer = CharTokenizer.from_dict(state.meta["tokenizer"]) if state else None
         dataset = Dataset.build(config, corpus, tokenizer=tokenizer, log=print)
-        self.corpus, self.dataset = corpus, dataset
-        epochs = config.train.epochs or 0
-        self.total = config.train.steps or epochs * dataset.train.steps_per_epoch
-        self.end = min(config.train.stop_at or self.total, self.total)
+        dataset.tokenizer.encode(config.sample.prompt, "sample.prompt")  # fails now, not at the end
+        self.dataset, train = dataset, config.train
+        epochs = (train.epochs or 0) * dataset.train.samples
+        self.total = train.steps or -(-epochs // (train.batch_size * train.grad_accum))
+        self.end = min(train.stop_at or self.total, self.total)
         dims = Dims.of(config.model, dataset.tokenizer.vocab_size)
         held = f", {dataset.val.num_targets:,} held out" if dataset.val else ""
         print(
@@ -93,11 +97,30 @@ class Trainer:
         print(memory_plan.check(config, dims, self.backend))
         self.model = GPT(Params(dims, self.backend))
         self.step = Step.build(self.model, config, self.backend)
-        self.val_loss = self.best_val_loss = math.inf
         if state:
-            self._restore(state)
+            snapshot.restore(state, self.step.optimizer, self.backend)
+            self.scores = Scores.from_meta(state.meta)
+            print(f"resumed at step {state.step}")
         else:
             self.model.params.load(self._initial_weights(dims), self.backend)
+            self.scores = Scores()
+
+    def _load_corpus(self, state: State | None) -> Corpus:
+        """The configured text; for a run that had to fall back, what it fell back to."""
+        data = self.config.data
+        if state is None:
+            corpus = load_corpus(data, log=print)
+            self.corpus = snapshot.corpus_record(corpus)
+            return corpus
+        saved = state.meta["corpus"]
+        if data.source == saved["requested"] != saved["name"]:
+            print(f"data: this run was trained on {saved['name']} and goes on with it")
+            data = data.model_copy(update={"source": saved["name"]})
+        corpus = load_corpus(data, log=print)
+        same = corpus.sha256 == saved["sha256"]
+        self.corpus = saved if same else snapshot.corpus_record(corpus)
+        check_corpus(corpus, saved, print)
+        return corpus
 
     def _initial_weights(self, dims: Dims) -> dict[str, np.ndarray[Any, Any]]:
         config = self.config
@@ -112,28 +135,14 @@ class Trainer:
         config, documents = self.config, self.dataset.train.samples
         return MicrogptRandom(config.seed, documents, dims.num_params, config.model.init_std)
 
-    def _restore(self, state: State) -> None:
-        moments = {kind: _without_prefix(state.moments, kind) for kind in ("m.", "v.")}
-        self.model.params.load(state.weights, self.backend)
-        self.step.optimizer.m.load(moments["m."], self.backend)
-        self.step.optimizer.v.load(moments["v."], self.backend)
-        self.val_loss = state.meta["last_val_loss"] or math.inf
-        self.best_val_loss = state.meta["best_val_loss"] or math.inf
-        print(f"resumed at step {state.step}")
-
-    def _metrics_start(self, start: int) -> int | None:
-        if self.config.resume is None:
-            return None
-        return start if start else -1
-
     # the loop
 
-    def _train(self, start: int, signals: StopSignals) -> int:
-        """Run the steps after `start`; return the last one done."""
-        config, step = self.config, start
-        self._flushed = self._saved = start
-        self._evaluated = -1  # the step val_loss is of
-        while step < self.end and signals.number is None:
+    def _train(self, signals: StopSignals) -> int:
+        """Run the steps after `start`; return the last one done, which is saved."""
+        config, step = self.config, self.start
+        self._flushed = self._saved = step
+        stopped = False
+        while step < self.end and not stopped:
             step += 1
             self.report.begin_step()
             batches = [
@@ -141,32 +150,36 @@ class Trainer:
                 for micro in range(config.train.grad_accum)
             ]
             self.step.train(batches, self._rate(step), step)
-            rows = sum(batch.layout.offsets[-1] for batch in batches)
+            rows = sum(int(batch.layout.offsets[-1]) for batch in batches)
             sequences = sum(len(batch.layout.offsets) - 1 for batch in batches)
             self.report.end_step(rows, self.model.dims.train_flops(rows, rows / sequences))
             self.report.progress.advance(step)
-            self._after_step(step, last=step == self.end or signals.number is not None)
+            stopped = self._after_step(step, signals)
         return step
 
-    def _after_step(self, step: int, last: bool) -> None:
-        """Whatever is due at this step: log, evaluate, histograms, samples, checkpoint."""
-        train, total = self.config.train, step == self.total
+    def _after_step(self, step: int, signals: StopSignals) -> bool:
+        """Whatever is due: log, evaluate, histograms, samples, checkpoint. True: asked to stop."""
+        train, at_end = self.config.train, step == self.total
 
-        def due(interval: int, also: bool = False) -> bool:
-            return also or (interval > 0 and step % interval == 0)
+        def due(interval: int) -> bool:
+            return interval > 0 and step % interval == 0
 
-        evaluate = self.dataset.val is not None and due(train.eval_interval, total)
-        save = due(self.config.checkpoint.interval, last)
-        if due(train.log_interval, save or evaluate):
+        evaluate = self.dataset.val is not None and (due(train.eval_interval) or at_end)
+        save = due(self.config.checkpoint.interval) or step == self.end
+        full = step - self._flushed == len(self.step.records)
+        if due(train.log_interval) or full or save or evaluate:
             self._flush(step)
         if due(train.histogram_interval):
             self._histograms(step)
         if evaluate and self._evaluate(step):
             save = True
-        if due(train.sample_interval, total):
+        if (due(train.sample_interval) or at_end) and self.config.sample.num:
             self.report.samples(step, self._samples())
-        if save:
+        stopped = signals.number is not None  # asked once, so that what is answered is also saved
+        if save or stopped:
+            self._flush(step)
             self._save(step)
+        return stopped
 
     def _rate(self, step: int) -> float:
         """Learning rate of a step counted from 1."""
@@ -186,33 +199,38 @@ class Trainer:
     def _evaluate(self, step: int) -> bool:
         """Report the held-out loss; True where it is the lowest so far."""
         assert self.dataset.val is not None
-        self.val_loss = mean_loss(self.step, self.dataset.val, self.config.train.eval_batches)
-        self.report.evaluation(step, self.val_loss)
-        self._evaluated = step
-        better = self.val_loss < self.best_val_loss
-        self.best_val_loss = min(self.val_loss, self.best_val_loss)
+        loss = mean_loss(self.step, self.dataset.val, self.config.train.eval_batches)
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"step {step}: held-out loss {loss:g} at learning rate {self._rate(step):.3g}, "
+                f"wanted a finite number: lower optimizer.lr; {self._advice()}"
+            )
+        self.report.evaluation(step, loss)
+        better = loss < self.scores.best
+        self.scores.val, self.scores.val_step = loss, step
+        self.scores.best = min(loss, self.scores.best)
         return better
 
     def _samples(self) -> list[str]:
         wanted = self.config.sample
         writer = TextModel(self.model, self.dataset.tokenizer, self.config, self.backend)
-        heat = (wanted.max_tokens, wanted.temperature, wanted.top_k, wanted.top_p)
-        if self.config.rng == "microgpt":
-            sampling, random = writer.sampling(*heat), self._microgpt_random(self.model.dims)
+        if self.config.rng == "microgpt":  # one text after the other, from the one generator
+            random = self._microgpt_random(self.model.dims)
 
             def draw(position: int) -> np.ndarray[Any, Any]:
                 return np.array([random.uniform()])
 
-            # one text after the other, from the one generator
+            sampling = writer.sampling(
+                wanted.max_tokens, wanted.temperature, wanted.top_k, wanted.top_p
+            )
             return [writer.write([wanted.prompt], sampling, draw)[0] for _ in range(wanted.num)]
-        max_tokens, temperature, top_k, top_p = heat
         return writer.generate(
             wanted.prompt,
             num_samples=wanted.num,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            max_tokens=wanted.max_tokens,
+            temperature=wanted.temperature,
+            top_k=wanted.top_k,
+            top_p=wanted.top_p,
             seed=self.config.seed,
         )
 
@@ -220,10 +238,9 @@ class Trainer:
         """Distributions of weights and gradients, and attention over one held-out sequence."""
         weights, grads = (p.to_host(self.backend) for p in (self.model.params, self.step.grads))
         self.report.histograms(step, {"weights": weights, "gradients": grads})
-        memory = self.step.shards[0].memory
-        self.model.forward(memory, self._longest_sequence())
-        rows = memory.rows(len(self._longest_sequence().tokens))
-        for i, layer in enumerate(rows.layers):
+        memory, batch = self.step.shards[0].memory, self._longest_sequence()
+        self.model.forward(memory, batch)
+        for i, layer in enumerate(memory.rows(len(batch.tokens)).layers):
             qkv = self.backend.to_host(layer.qkv)
             self.report.attention(step, i, qkv, self.model.dims.n_head)
 
@@ -237,61 +254,47 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self.report.metrics.flush()  # first: a checkpoint vouches for the metrics up to its step
-        optimizer, backend = self.step.optimizer, self.backend
-        moments = optimizer.m.to_host(backend, "m.") | optimizer.v.to_host(backend, "v.")
+        self.scores.train = self.report.loss
         meta = {
             "version": __version__,
             "config": self.config.to_dict(),
             "tokenizer": self.dataset.tokenizer.to_dict(),
-            "corpus": corpus_record(self.corpus),
+            "corpus": self.corpus,
             "dtype": self.backend.dtype.name,
-            "train_loss": self.report.loss,
-            "val_loss": self.val_loss if self._evaluated == step else None,  # of these weights
-            "last_val_loss": _finite(self.val_loss),
-            "best_val_loss": _finite(self.best_val_loss),
+            **self.scores.to_meta(step),
         }
-        self.folder.save(State(step, self.model.params.to_host(backend), moments, meta))
+        try:
+            state = snapshot.take(step, self.step.optimizer, self.backend, meta)
+        except DivergedError as failure:
+            rate = f"at learning rate {self._rate(step):.3g}, not saved"
+            raise DivergedError(f"{failure} {rate}: lower optimizer.lr; {self._advice()}") from None
+        self.folder.save(state)
         self._saved = step
 
     def _advice(self) -> str:
         if self._saved == 0:
             return "no checkpoint was saved yet"
-        return f"the checkpoint of step {self._saved} is kept; go on with: {self._resume_command()}"
+        again = f"{self._resume_command()} optimizer.lr=LOWER"
+        return f"the checkpoint of step {self._saved} is kept; go on with: {again}"
 
     def _resume_command(self) -> str:
         further = ["train.stop_at=null"] if self.config.train.stop_at else []
         return command("train", self.folder.path / "config.yaml", "resume=auto", *further)
 
     def _print_end(self, last: int) -> None:
-        report, held = self.report, ""
-        if math.isfinite(self.val_loss):
-            held = f"; held-out loss {self.val_loss:.4f}, lowest {self.best_val_loss:.4f}"
+        report, scores, held = self.report, self.scores, ""
+        if math.isfinite(scores.val):
+            at = "" if scores.val_step == last else f" (step {scores.val_step})"
+            held = f"; held-out loss {scores.val:.4f}{at}, lowest {scores.best:.4f}"
         if report.recent:
-            mean = sum(report.recent) / len(report.recent)
-            steps = len(report.recent)
-            print(f"step {last}: training loss {report.loss:.4f}, mean of the last {steps} steps "
-                  f"{mean:.4f}{held}")  # fmt: skip
+            mean, count = sum(report.recent) / len(report.recent), len(report.recent)
+            done = f"training loss {report.loss:.4f}, mean of the last {count} steps {mean:.4f}"
+            print(f"step {last}: {done}{held}")
         else:
             print(f"step {last}: nothing left to train{held}")
         if last < self.total:
             print(f"go on with:    {self._resume_command()}")
         print(f"run folder:    {self.folder.path} (checkpoints, samples, metrics.jsonl)")
-        print(f"curves:        tensorboard --logdir {self.config.run.dir}")
-        heat = f"--temperature {self.config.sample.temperature}"
-        print(f"write text:    {command('generate', self.folder.path, heat)}")
-
-
-def corpus_record(corpus: Corpus) -> dict[str, str]:
-    """What a checkpoint keeps of the corpus really used."""
-    return {"name": corpus.name, "requested": corpus.requested, "sha256": corpus.sha256}
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else None
-
-
-def _without_prefix(
-    arrays: dict[str, np.ndarray[Any, Any]], prefix: str
-) -> dict[str, np.ndarray[Any, Any]]:
-    return {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
+        print(f"curves:        tensorboard --logdir {shlex.quote(self.config.run.dir)}")
+        heat = ("--temperature", self.config.sample.temperature)
+        print(f"write text:    {command('generate', self.folder.path, *heat)}")

@@ -56,7 +56,7 @@ def test_shipped_settings_are_the_published_ones() -> None:
     assert original.data.fallback is None
     assert (original.sample.num, original.sample.temperature) == (20, 0.5)
     play = Config.load("shakespeare")
-    assert (play.model.n_embd, play.model.n_layer, play.model.head_dim) == (128, 4, 32)
+    assert (play.model.n_embd, play.model.n_layer) == (128, 4)
     assert (play.train.steps, play.train.batch_size, play.data.val_fraction) == (2040, 32, 0.1)
     assert (play.data.fallback, Config.load("names").data.fallback) == ("stdlib", "stdlib-words")
 

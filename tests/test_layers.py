@@ -17,9 +17,9 @@ ROOT = Path(gpu_microgpt.__file__).parent
 ORDER = [
     "version", "errors", "types", "arena", "settings", "config", "schedule", "rng", "dims",
     "data", "backend", "ops", "params", "activations", "kv_cache", "model", "optim", "step",
-    "memory_plan", "atomic_folder", "checkpoint", "run_folder", "generate", "text_model",
-    "evaluate", "event_files", "metrics", "plot", "progress", "report", "signals", "trainer",
-    "bench_setting", "bench_torch", "bench", "cli", "__init__",
+    "memory_plan", "atomic_folder", "checkpoint", "snapshot", "run_folder", "generate",
+    "text_model", "evaluate", "event_files", "metrics", "plot", "progress", "report", "signals",
+    "trainer", "bench_setting", "bench_torch", "bench", "arguments", "cli", "__init__",
 ]  # fmt: skip
 CUPY = ("backend.", "ops.cuda.")  # the only modules that may import cupy
 TORCH = "bench_torch"  # what is measured against; nobody else knows it

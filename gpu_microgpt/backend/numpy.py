@@ -79,12 +79,12 @@ class NumpyBackend:
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Run the tasks side by side, the first on this thread."""
         if len(tasks) == 1:
-            tasks[0]()
+            _quietly(tasks[0])
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shard")
-        others = [self._pool.submit(task) for task in tasks[1:]]
-        tasks[0]()
+        others = [self._pool.submit(_quietly, task) for task in tasks[1:]]
+        _quietly(tasks[0])
         for other in others:
             other.result()
 
@@ -106,6 +106,12 @@ class NumpyBackend:
         if self._pool is not None and not self._limits:
             self._pool.shutdown()
             self._pool = None
+
+
+def _quietly(task: Callable[[], None]) -> None:
+    """Without NumPy's warnings: that a run diverges, the trainer says in one line."""
+    with np.errstate(all="ignore"):
+        task()
 
 
 def _usable_cores() -> int:

@@ -98,7 +98,7 @@ def _locate(source: str, log: Log) -> Path:
         stem = Path(urlsplit(source).path).name or "index"
         digest = hashlib.sha256(source.encode()).hexdigest()[:12]
         return _cached(Remote(source), f"{digest}-{stem}", log)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not os.path.exists(path):
         names = (*KNOWN, *STDLIB)
         near = difflib.get_close_matches(source, names, 1)
