@@ -83,18 +83,24 @@ class RunFolder:
         finally:
             held.release()
 
-    def begin(self, state: State | None, log: Log) -> None:
-        """Make this folder the run's: its settings, and no checkpoints from after the start.
+    def rewind(self, state: State, log: Log) -> None:
+        """Leave no checkpoint from after `state`, and have one of it: it may be another folder's.
 
-        A run that goes on from another folder's checkpoint gets a copy of it first.
+        Do this before the metrics are cut to that step: a crash in between loses nothing then.
         """
-        step = state.step if state else -1
-        for path in discard_after(self.checkpoints, step):
+        for path in discard_after(self.checkpoints, state.step):
             log(f"removed {path}: later than the step this run goes on from")
-        if state and step not in saved_steps(self.checkpoints):
+        if state.step not in saved_steps(self.checkpoints):
             self.save(state)
+
+    def settings(self, corpus: Mapping[str, str]) -> str:
+        """The settings as YAML, and above them the corpus really used."""
         again = Config.from_dict(self.config.to_dict(), ["resume=null"])
-        self._write("config.yaml", again.to_yaml())
+        return f"# corpus: {corpus['name']}, sha256 {corpus['sha256']}\n{again.to_yaml()}"
+
+    def write_settings(self, settings: str) -> Path:
+        """Keep the settings, to go on with and to read."""
+        return self._write("config.yaml", settings)
 
     def save(self, state: State) -> Path:
         """Write a checkpoint, durable on return."""

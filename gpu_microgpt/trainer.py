@@ -56,15 +56,17 @@ class Trainer:
             stack.enter_context(self.backend)
             stack.enter_context(self.folder.lock())
             resume_step = None if self.config.resume is None else self.start or -1
+            if state and self.start < self.end:
+                self.folder.rewind(state, print)
+            del state  # its arrays are copied: let them go
             metrics = Metrics(self.folder.path, resume_step=resume_step, warn=print)
             stack.enter_context(metrics)
-            if self.start < self.end:
-                self.folder.begin(state, print)
-            del state  # its arrays are copied: let them go
+            settings = self.folder.settings(self.corpus)
+            self.folder.write_settings(settings)
             signals = stack.enter_context(StopSignals())
             progress = stack.enter_context(Progress(self.total, initial=self.start))
             self.report = Report(metrics, progress, self.folder)
-            metrics.text(self.start + (self.start > 0), "config", self.config.to_yaml())
+            metrics.text(self.start + (self.start > 0), "config", settings)
             metrics.hparams(self.config.to_dict(), ["loss/train", "loss/val"])
             last = self._train(signals)
         if signals.number is not None and last < self.end:

@@ -35,7 +35,7 @@ def train(progress: Progress, first: int, last: int) -> None:
 
 def test_a_bar_with_messages_above_it() -> None:
     terminal = Terminal()
-    with Progress(40, 10, True, terminal) as progress:
+    with Progress(40, 10, terminal) as progress:
         train(progress, 11, 40)
     *above, bar, end = terminal.screen()
     assert above == ["saved step 15"]
@@ -47,7 +47,7 @@ def test_a_bar_with_messages_above_it() -> None:
 
 def test_a_stopped_bar_stays_at_its_step() -> None:
     terminal = Terminal()
-    progress = Progress(40, 10, True, terminal)
+    progress = Progress(40, 10, terminal)
     train(progress, 11, 20)
     progress.close()
     progress.close()
@@ -58,7 +58,7 @@ def test_a_stopped_bar_stays_at_its_step() -> None:
 
 def test_lines_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
-    with Progress(1040, 10, True, stream) as progress:
+    with Progress(1040, 10, stream) as progress:
         train(progress, 11, 40)
     assert stream.getvalue().splitlines() == [
         "saved step 15",
@@ -73,14 +73,7 @@ def test_lines_where_there_is_no_terminal() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals")
 def test_lines_on_a_terminal_of_no_width() -> None:
     screen, terminal = os.openpty()  # its size is 0 x 0
-    with open(terminal, "w") as stream, Progress(40, 0, True, stream) as progress:
+    with open(terminal, "w") as stream, Progress(40, 0, stream) as progress:
         progress.update(10, 2.5, 12345.6, 8.25, 3e-4)
     assert os.read(screen, 1000).startswith(b"step 10/40  loss 2.5000")
     os.close(screen)
-
-
-@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
-def test_switched_off_leaves_the_messages(stream: io.StringIO) -> None:
-    with Progress(40, 0, False, stream) as progress:
-        train(progress, 1, 40)
-    assert stream.getvalue() == "saved step 15\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class NumpyBackend:
         self.threads = threads or _usable_cores()
         self._controller = ThreadpoolController()
         self._blas_threads = 1
-        self._limits: list[Any] = []
+        self._stack: list[ExitStack] = []
         self._pool: ThreadPoolExecutor | None = None
 
     def describe(self) -> str:
@@ -79,12 +80,12 @@ class NumpyBackend:
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Run the tasks side by side, the first on this thread."""
         if len(tasks) == 1:
-            _quietly(tasks[0])
+            tasks[0]()
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shard")
         others = [self._pool.submit(_quietly, task) for task in tasks[1:]]
-        _quietly(tasks[0])
+        tasks[0]()
         for other in others:
             other.result()
 
@@ -96,20 +97,26 @@ class NumpyBackend:
             return None
 
     def __enter__(self) -> NumpyBackend:
-        """Hold BLAS to its share of the threads until `__exit__`; may be nested."""
-        self._limits.append(self._controller.limit(limits=self._blas_threads, user_api="blas"))
+        """Hold BLAS to its share of the threads until `__exit__`, and NumPy's warnings back.
+
+        That a run diverges, the trainer says in one line. May be nested.
+        """
+        self._stack.append(ExitStack())
+        limit = self._controller.limit(limits=self._blas_threads, user_api="blas")
+        self._stack[-1].enter_context(limit)
+        self._stack[-1].enter_context(np.errstate(all="ignore"))
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give BLAS the thread count back that it had; the outermost stops the shard threads."""
-        self._limits.pop().restore_original_limits()
-        if self._pool is not None and not self._limits:
+        """Give back what `__enter__` took; the outermost stops the shard threads."""
+        self._stack.pop().close()
+        if self._pool is not None and not self._stack:
             self._pool.shutdown()
             self._pool = None
 
 
 def _quietly(task: Callable[[], None]) -> None:
-    """Without NumPy's warnings: that a run diverges, the trainer says in one line."""
+    """On another thread, where NumPy's warnings are to be held back anew."""
     with np.errstate(all="ignore"):
         task()
 
