@@ -53,6 +53,7 @@ class ReferenceOps(Context):
 def workspace_bytes(dims: Dims, rows: int, itemsize: int) -> int:
     """Scratch that the greediest operation wants, for batches of up to `rows` positions."""
     c, v, t = dims.n_embd, dims.vocab_size, dims.block_size
+    gaps = 64 * (3 + 4 * dims.n_layer)  # at most, between the tensors of a flat buffer
     return max(
         sum(array_bytes(shape, itemsize) for shape in shapes)
         for shapes in (
@@ -63,6 +64,6 @@ def workspace_bytes(dims: Dims, rows: int, itemsize: int) -> int:
             attention_scratch(rows, c, dims.n_head, t),
             softmax_scratch(rows, v),
             cross_entropy_scratch(rows, v),
-            adamw_scratch(),
+            adamw_scratch(dims.num_params + gaps),
         )
     )

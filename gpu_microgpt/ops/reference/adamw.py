@@ -5,8 +5,6 @@ from __future__ import annotations
 from ...types import Array
 from .context import BLOCK, Context
 
-PIECE = BLOCK // 16  # elements at a time: six streams of 64 KiB share the cache
-
 
 def global_norm(self: Context, norm: Array, grads: Array) -> None:
     """norm = sqrt(sum(grads^2)), summed in float64 over pieces in a fixed order."""
@@ -36,9 +34,9 @@ def adamw(
     """
     xp = self.xp
     rate, correction1, correction2, clip = (float(x) for x in scalars)
-    for start in range(0, len(params), PIECE):
-        p, mean, square, g = (x[start : start + PIECE] for x in (params, m, v, grads))
-        a, b = self.scratch(p.dtype, p.shape, p.shape)
+    for start in range(0, len(params), BLOCK):
+        p, mean, square, g = (x[start : start + BLOCK] for x in (params, m, v, grads))
+        (a,) = self.scratch(p.dtype, p.shape)
         xp.multiply(g, clip * (1 - beta1), out=a)
         mean *= beta1
         mean += a
@@ -47,15 +45,14 @@ def adamw(
         square *= beta2
         square += a
         xp.sqrt(square, out=a)
-        a /= correction2**0.5
-        a += eps
-        xp.divide(mean, a, out=b)
-        b *= rate / correction1
+        a += eps * correction2**0.5
+        xp.divide(mean, a, out=a)
+        a *= rate * correction2**0.5 / correction1
         if weight_decay:
             p *= 1 - rate * weight_decay
-        p -= b
+        p -= a
 
 
-def adamw_scratch() -> tuple[tuple[int, ...], ...]:
-    """Scratch shapes at most wanted here."""
-    return ((PIECE,), (PIECE,))
+def adamw_scratch(size: int) -> tuple[tuple[int, ...], ...]:
+    """Scratch shapes at most wanted here, for flat buffers of `size` numbers."""
+    return ((min(size, BLOCK),),)
