@@ -137,7 +137,9 @@ class RunFolder:
                     f"model.{key}: got {got}, but the checkpoint to resume has {was}; wanted the "
                     "same model: leave the setting or begin a new run"
                 )
-        held = [k for k in ("seed", "data.val_fraction", "data.mode") if k in changed]
+        splits = ["data.mode", "data.val_fraction"]
+        splits += ["seed"] if self.config.data.mode == "documents" else []
+        held = [key for key in splits if key in changed]
         if held and state.meta["corpus"]["requested"] == self.config.data.source:
             was, got = changed[held[0]]
             raise ConfigError(

@@ -52,11 +52,15 @@ class Trainer:
         print(f"backend: {self.backend.describe()}")
         self._build(state)
         self.start = state.step if state else 0
+        if self.start >= self.end:
+            print(f"step {self.start}: nothing left to train")
+            self._print_places(self.start)
+            return 0
         with ExitStack() as stack:
             stack.enter_context(self.backend)
             stack.enter_context(self.folder.lock())
             resume_step = None if self.config.resume is None else self.start or -1
-            if state and self.start < self.end:
+            if state:
                 self.folder.rewind(state, print)
             del state  # its arrays are copied: let them go
             metrics = Metrics(self.folder.path, resume_step=resume_step, warn=print)
@@ -288,12 +292,13 @@ class Trainer:
         if math.isfinite(scores.val):
             at = "" if scores.val_step == last else f" (step {scores.val_step})"
             held = f"; held-out loss {scores.val:.4f}{at}, lowest {scores.best:.4f}"
-        if report.recent:
-            mean, count = sum(report.recent) / len(report.recent), len(report.recent)
-            done = f"training loss {report.loss:.4f}, mean of the last {count} steps {mean:.4f}"
-            print(f"step {last}: {done}{held}")
-        else:
-            print(f"step {last}: nothing left to train{held}")
+        mean, count = sum(report.recent) / len(report.recent), len(report.recent)
+        done = f"training loss {report.loss:.4f}, mean of the last {count} steps {mean:.4f}"
+        print(f"step {last}: {done}{held}")
+        self._print_places(last)
+
+    def _print_places(self, last: int) -> None:
+        """Where everything lies, and the commands that go on from here."""
         if last < self.total:
             print(f"go on with:    {self._resume_command()}")
         print(f"run folder:    {self.folder.path} (checkpoints, samples, metrics.jsonl)")

@@ -67,4 +67,5 @@ def choose(config: Config) -> Backend:
         raise BackendError(
             "backend: got cupy, but this version has no CUDA engine yet; use backend=numpy"
         )
-    return NumpyBackend(config.dtype, config.threads)
+    why = "auto: this version has no CUDA engine" if config.backend == "auto" else ""
+    return NumpyBackend(config.dtype, config.threads, why)

@@ -25,8 +25,9 @@ class NumpyBackend:
     name = "numpy"
     xp: Any = np
 
-    def __init__(self, dtype: str = "auto", threads: int = 0) -> None:
-        """Take a dtype (auto, fp32, fp64) and a number of threads (0 = every core).
+    def __init__(self, dtype: str = "auto", threads: int = 0, why: str = "") -> None:
+        """Take a dtype (auto, fp32, fp64), a number of threads (0 = every core), and why it is
+        this backend, for `describe`.
 
         Raises BackendError for the dtypes only GPUs run.
         """
@@ -34,20 +35,21 @@ class NumpyBackend:
             raise BackendError(f"dtype: got {dtype}; backend numpy runs fp32 or fp64 (auto = fp32)")
         self.dtype = np.dtype(DTYPES[dtype])
         self.threads = threads or _usable_cores()
+        self._why = f" ({why})" if why else ""
         self._controller = ThreadpoolController()
         self._blas_threads = 1
         self._stack: list[ExitStack] = []
         self._pool: ThreadPoolExecutor | None = None
 
     def describe(self) -> str:
-        """One line: NumPy, its BLAS and core type, precision and threads."""
+        """One line: NumPy, its BLAS and core type, precision, threads, and why."""
         blas = [lib for lib in self._controller.info() if lib["user_api"] == "blas"]
         names = {f"{b['internal_api']} {b.get('architecture', '')}".strip() for b in blas}
         pinned = os.environ.get("OPENBLAS_CORETYPE")
         note = f", OPENBLAS_CORETYPE={pinned} is set" if pinned else ""
         return (
             f"numpy {np.__version__} ({', '.join(sorted(names)) or 'no BLAS found'}{note}), "
-            f"{self.dtype.name}, {self.threads} thread{'s' * (self.threads != 1)}"
+            f"{self.dtype.name}, {self.threads} thread{'s' * (self.threads != 1)}{self._why}"
         )
 
     def split(self, batch_size: int, length: int, flops: float) -> tuple[int, int]:

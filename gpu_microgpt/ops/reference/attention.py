@@ -103,10 +103,8 @@ def _group_backward(self: Context, arrays: list[Array]) -> None:
         dk_tile = dk[:, :, start:stop]
         xp.matmul(ds_t, q[:, :, start:], out=dk_tile)
         dk_tile *= scale
-        xp.matmul(ds_t.swapaxes(-1, -2), k[:, :, start:stop], out=part)
-        if start == 0:
-            sum_dq[...] = part
-        else:
+        xp.matmul(ds_t.swapaxes(-1, -2), k[:, :, start:stop], out=part if start else sum_dq)
+        if start:
             sum_dq[:, :, start:] += part
     xp.multiply(sum_dq, scale, out=dq)
 
