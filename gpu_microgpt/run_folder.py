@@ -177,3 +177,10 @@ def command(name: str, *arguments: object) -> str:
     from_clone = script.parent.name == "scripts" and script.is_file()
     start = [sys.orig_argv[0], str(script)] if from_clone else ["gpu-microgpt", name]
     return shlex.join([*start, *map(str, arguments)])
+
+
+def tensorboard_command(folder: str) -> str:
+    """The command line that shows the runs in `folder`, from the environment that is in use."""
+    beside = Path(sys.orig_argv[0]).with_name("tensorboard")
+    found = len(beside.parts) > 1 and beside.is_file()
+    return shlex.join([str(beside) if found else "tensorboard", "--logdir", folder])

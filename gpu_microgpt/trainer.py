@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,7 +24,7 @@ from .params import Params, initial_weights
 from .progress import Progress
 from .report import Report
 from .rng import MicrogptRandom, Stream, normal
-from .run_folder import RunFolder, check_corpus, command
+from .run_folder import RunFolder, check_corpus, command, tensorboard_command
 from .schedule import learning_rate
 from .signals import StopSignals
 from .snapshot import Scores
@@ -302,6 +301,6 @@ class Trainer:
         if last < self.total:
             print(f"go on with:    {self._resume_command()}")
         print(f"run folder:    {self.folder.path} (checkpoints, samples, metrics.jsonl)")
-        print(f"curves:        tensorboard --logdir {shlex.quote(self.config.run.dir)}")
+        print(f"curves:        {tensorboard_command(self.config.run.dir)}")
         heat = ("--temperature", self.config.sample.temperature)
         print(f"write text:    {command('generate', self.folder.path, *heat)}")
