@@ -56,7 +56,8 @@ def _own_split(
     model: TextModel, saved: dict[str, str], warn: Callable[[str], None]
 ) -> tuple[Split, str]:
     """What the run held out, from the very text it was trained on."""
-    config = Config.from_dict(model.config.to_dict(), [f"data.source={saved['name']}"])
+    overrides = [f"data.source={saved['name']}", "data.fallback=null"]  # no other text will do
+    config = Config.from_dict(model.config.to_dict(), overrides)
     corpus = load_corpus(config.data, log=warn)
     check_corpus(corpus, saved | {"requested": corpus.requested}, warn)
     dataset = Dataset.build(config, corpus, tokenizer=model.tokenizer, log=warn)
