@@ -68,7 +68,7 @@ def generate(arguments: Sequence[str]) -> int:
         name: getattr(args, name)
         for name in ("num_samples", "max_tokens", "temperature", "top_k", "top_p", "seed")
     }
-    from .text_model import load
+    from .text_model import join_texts, load
 
     model = load(args.path, which=args.checkpoint)
     if model.config.data.mode == "documents":  # lines are stripped when they are read
@@ -83,7 +83,7 @@ def generate(arguments: Sequence[str]) -> int:
         asked = [prompt for prompt in prompts for _ in range(args.num_samples)]
         _print_json([{"prompt": p, "text": t} for p, t in zip(asked, texts, strict=True)])
     else:
-        print(("\n" + "-" * 40 + "\n" if any("\n" in t for t in texts) else "\n").join(texts))
+        print(join_texts(texts))
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from .backend import Backend
 from .dims import Dims
 from .types import Array
@@ -10,7 +12,8 @@ from .types import Array
 class KVCache:
     """Room for S sequences of up to block_size positions.
 
-    `keys`, `values` (L, S, H, T, D); `lengths` (S,) int32: positions filled.
+    `keys`, `values` (L, S, H, T, D); `lengths` (S,) int32: positions filled; `sequences` (S,)
+    int32: their numbers, 0 to S - 1.
     """
 
     def __init__(self, dims: Dims, sequences: int, backend: Backend) -> None:
@@ -19,3 +22,4 @@ class KVCache:
         self.keys: Array = backend.zeros(shape, backend.dtype)
         self.values: Array = backend.zeros(shape, backend.dtype)
         self.lengths: Array = backend.zeros((sequences,), "i4")
+        self.sequences: Array = backend.from_host(np.arange(sequences, dtype="i4"))

@@ -57,11 +57,11 @@ class GPT:
 
     def decode(self, memory: Activations, tokens: Array, cache: KVCache) -> Array:
         """Return logits (S, V) for one more token (S,) of every cached sequence."""
-        ops, each = memory.ops, self.params.xp.arange(len(tokens))
+        ops = memory.ops
 
         def attend(layer: int, s: LayerActivations) -> None:
             keys, values = cache.keys[layer], cache.values[layer]
-            ops.cache_kv(keys, values, s.qkv, each, cache.lengths)
+            ops.cache_kv(keys, values, s.qkv, cache.sequences, cache.lengths)
             ops.attention_decode(s.att, s.qkv, keys, values, cache.lengths)
 
         logits = self._forward(memory, tokens, cache.lengths, attend)

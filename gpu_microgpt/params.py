@@ -49,7 +49,7 @@ class Params:
 
     def __init__(self, dims: Dims, backend: Backend) -> None:
         """Take zeroed memory on the backend."""
-        self.dims, self.xp = dims, backend.xp
+        self.dims = dims
         places, size = layout(dims)
         self.flat: Array = backend.zeros((size,), backend.dtype)
         self.named: dict[str, Array] = {

@@ -14,6 +14,7 @@ from .errors import DivergedError
 from .metrics import Metrics
 from .progress import Progress
 from .run_folder import RunFolder
+from .text_model import join_texts
 
 RECENT = 50  # steps the closing mean of the training loss goes over
 PICTURE = 256  # pixels an attention map has at least
@@ -84,8 +85,7 @@ class Report:
 
     def samples(self, step: int, texts: list[str]) -> None:
         """Report sample texts."""
-        lines = any("\n" in text for text in texts)
-        joined = ("\n" + "-" * 40 + "\n" if lines else "\n").join(texts)
+        joined = join_texts(texts)
         self.metrics.text(step, "samples", joined)
         path = self.folder.write_sample(step, joined)
         self.progress.log(f"step {step}: samples ({path})\n{joined}")

@@ -50,7 +50,7 @@ class Shard:
 
 
 class Step:
-    """The whole step over all shards. It takes no memory and reads nothing back.
+    """The whole step over all shards. It takes no large memory and reads nothing back.
 
     `records` (ring, 2) float64 keeps loss and gradient norm of the last `ring` steps, step s in
     row s % ring, to be read when they are wanted.

@@ -115,6 +115,12 @@ class TextModel:
         return self.tokenizer.encode("\n" if newline else self.tokenizer.characters[0])
 
 
+def join_texts(texts: Sequence[str]) -> str:
+    """Texts below one another, with a rule between them where they have lines of their own."""
+    lines = any("\n" in text for text in texts)
+    return ("\n" + "-" * 40 + "\n" if lines else "\n").join(texts)
+
+
 def load(
     path: str | Path,
     which: Literal["best", "last"] = "best",

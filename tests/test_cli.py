@@ -47,8 +47,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
         fake.loaded = (path, which)
         return fake
 
-    module: Any = SimpleNamespace(load=load)
-    monkeypatch.setitem(sys.modules, "gpu_microgpt.text_model", module)
+    monkeypatch.setattr("gpu_microgpt.text_model.load", load)
     return fake
 
 
