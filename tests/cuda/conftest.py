@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.cuda.machine import DTYPES, Gpu, Machine, gpu_is_there
+from tests.cuda_on_cpu.build import SANITIZER
+from tests.cuda_on_cpu.loader import EmulatedLoader
+
+SCHEDULES = {
+    "": [("fifo", 0, False), ("lifo", 0, False), ("random", 0, False), ("random", 1, False)],
+    "address": [("fifo", 0, False)],
+    "thread": [("random", 0, True)],  # all blocks side by side: finds races between them
+}[SANITIZER]
+GPU = ("gpu", 0, False)
+if gpu_is_there() and not SANITIZER:
+    SCHEDULES = [*SCHEDULES, GPU]
+
+
+@pytest.fixture(params=SCHEDULES, ids=lambda s: f"{s[0]}{s[1] or ''}")
+def machine(request: pytest.FixtureRequest) -> Machine:
+    if request.param == GPU:
+        return Gpu()
+    order, seed, resident = request.param
+    return Machine(EmulatedLoader(order, seed, resident))
+
+
+@pytest.fixture(params=list(DTYPES))
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
