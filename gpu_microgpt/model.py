@@ -78,8 +78,7 @@ class GPT:
         """The equations; `attend` says what a position sees."""
         ops, a, w = memory.ops, memory.rows(len(tokens)), self.params
         x = a.x0
-        ops.embedding(a.x_mid, tokens, positions, w.wte, w.wpe)
-        ops.rmsnorm(x, a.rstd0, a.x_mid)
+        ops.embedding_rmsnorm(x, a.rstd0, tokens, positions, w.wte, w.wpe)
         for i, (s, layer) in enumerate(zip(a.layers, w.layers, strict=True)):
             ops.rmsnorm(s.norm1, s.rstd1, x)
             ops.linear(s.qkv, s.norm1, layer.attn_wqkv)

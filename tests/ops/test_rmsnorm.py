@@ -32,6 +32,60 @@ def test_forward_is_the_formula(dtype, rows, channels, scale):
     assert_close(rstd, expected_rstd)
 
 
+def test_forward_in_place(dtype):
+    ops = planned_ops(dtype, 31, channels=33)
+    x = normal(dtype, 31, 33)
+    y, rstd, again = blank(dtype, 31, 33), blank(dtype, 31), blank(dtype, 31)
+    ops.rmsnorm(y, rstd, x)
+    ops.rmsnorm(x, again, x)
+    assert np.array_equal(x, y)
+    assert np.array_equal(again, rstd)
+
+
+@pytest.mark.parametrize(("rows", "channels"), SHAPES)
+def test_of_the_embedding(dtype, rows, channels):
+    ops = planned_ops(dtype, rows, channels=channels, block_size=9, vocab=11)
+    wte, wpe = normal(dtype, 11, channels), normal(dtype, 9, channels, seed=1)
+    tokens, positions = (np.arange(rows, dtype=np.int32) * 7 % n for n in (11, 9))
+    embedded, expected, expected_rstd = (
+        blank(dtype, *shape) for shape in ((rows, channels), (rows, channels), (rows,))
+    )
+    ops.embedding(embedded, tokens, positions, wte, wpe)
+    ops.rmsnorm(expected, expected_rstd, embedded)
+
+    def run():
+        y, rstd = blank(dtype, rows, channels), blank(dtype, rows)
+        ops.embedding_rmsnorm(y, rstd, tokens, positions, wte, wpe)
+        return y, rstd
+
+    y, rstd = twice(run)
+    assert np.array_equal(y, expected)
+    assert np.array_equal(rstd, expected_rstd)
+
+
+@pytest.mark.parametrize("over", ["x", "residual", "branch"])
+@pytest.mark.parametrize(("rows", "channels"), SHAPES)
+def test_of_a_sum(dtype, rows, channels, over):
+    ops = planned_ops(dtype, rows, channels=channels)
+    residual, branch = normal(dtype, rows, channels), normal(dtype, rows, channels, seed=1)
+    expected, expected_rstd = blank(dtype, rows, channels), blank(dtype, rows)
+    ops.rmsnorm(expected, expected_rstd, residual + branch)
+
+    def run():
+        x, y, rstd = blank(dtype, rows, channels), blank(dtype, rows, channels), blank(dtype, rows)
+        given = {"residual": residual, "branch": branch}
+        if over in given:
+            x[...] = given[over]
+            given[over] = x
+        ops.add_rmsnorm(x, y, rstd, **given)
+        return x, y, rstd
+
+    x, y, rstd = twice(run)
+    assert np.array_equal(x, residual + branch)
+    assert np.array_equal(y, expected)
+    assert np.array_equal(rstd, expected_rstd)
+
+
 @pytest.mark.parametrize(("rows", "channels"), SHAPES)
 def test_backward_is_the_formula_in_place_and_added(dtype, rows, channels):
     ops = planned_ops(dtype, rows, channels=channels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...types import Array
 from .context import Context, block_rows
+from .embedding import embedding
 
 EPS = 1e-5  # microgpt's, inside the root
 
@@ -17,6 +18,22 @@ def rmsnorm(self: Context, y: Array, rstd: Array, x: Array) -> None:
     xp.sqrt(rstd, out=rstd)
     xp.divide(1, rstd, out=rstd)
     xp.multiply(x, rstd[:, None], out=y)
+
+
+def embedding_rmsnorm(
+    self: Context, y: Array, rstd: Array, tokens: Array, positions: Array, wte: Array, wpe: Array
+) -> None:
+    """rmsnorm(wte[tokens] + wpe[positions]); the sum is not kept."""
+    embedding(self, y, tokens, positions, wte, wpe)
+    rmsnorm(self, y, rstd, y)
+
+
+def add_rmsnorm(
+    self: Context, x: Array, y: Array, rstd: Array, branch: Array, residual: Array
+) -> None:
+    """x = residual + branch; y, rstd = rmsnorm(x). The gradient of x is that of both its terms."""
+    self.xp.add(residual, branch, out=x)
+    rmsnorm(self, y, rstd, x)
 
 
 def rmsnorm_backward(self: Context, dx: Array, dy: Array, y: Array, rstd: Array) -> None:
