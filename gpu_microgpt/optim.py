@@ -45,6 +45,6 @@ class Optimizer:
         def update(part: int) -> None:
             p, m, v, g = (b[part * size : (part + 1) * size] for b in buffers)
             ops = workers[part]
-            ops.adamw(p, m, v, g, self.scalars, beta1, beta2, c.eps, c.weight_decay)
+            ops.adamw(p, m, v, None, g, self.scalars, beta1, beta2, c.eps, c.weight_decay)
 
         self.backend.run([partial(update, part) for part in range(len(workers))])

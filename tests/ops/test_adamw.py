@@ -41,11 +41,12 @@ def test_update_is_the_formula(dtype, size, clip, weight_decay):
 
     def run():
         p, m, v = (blank(dtype, size) for _ in range(3))
+        copy = blank("float32", size)
         p[...], m[...], v[...] = start, m0, v0
-        ops.adamw(p, m, v, g, scalars, beta1, beta2, eps, weight_decay)
-        return p, m, v
+        ops.adamw(p, m, v, copy, g, scalars, beta1, beta2, eps, weight_decay)
+        return p, m, v, copy
 
-    p, m, v = twice(run)
+    p, m, v, copy = twice(run)
     wide = clip * g.astype(np.float64)
     expected_m = beta1 * m0 + (1 - beta1) * wide
     expected_v = beta2 * v0 + (1 - beta2) * wide**2
@@ -54,12 +55,13 @@ def test_update_is_the_formula(dtype, size, clip, weight_decay):
     assert_close(m, expected_m)
     assert_close(v, expected_v)
     assert_close(p, start - rate * step)
+    assert np.array_equal(copy, p.astype(np.float32))
 
 
 def test_a_zero_gradient_moves_nothing(dtype):
     ops = planned_ops(dtype, 1)
     p, m, v, g = np.ones(5, dtype), *(np.zeros(5, dtype) for _ in range(3))
-    ops.adamw(p, m, v, g, np.array([0.1, 0.1, 0.01, 1.0]), 0.9, 0.99, 1e-8, 0.0)
+    ops.adamw(p, m, v, None, g, np.array([0.1, 0.1, 0.01, 1.0]), 0.9, 0.99, 1e-8, 0.0)
     assert p.tolist() == [1] * 5
     assert not m.any()
     assert not v.any()

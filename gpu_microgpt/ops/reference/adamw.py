@@ -21,8 +21,8 @@ def clip_scale(self: Context, scale: Array, norm: Array, max_norm: float) -> Non
 
 
 def adamw(
-    self: Context, params: Array, m: Array, v: Array, grads: Array, scalars: Array, beta1: float,
-    beta2: float, eps: float, weight_decay: float,
+    self: Context, params: Array, m: Array, v: Array, copy: Array | None, grads: Array,
+    scalars: Array, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """One step of Adam, decoupled weight decay (Loshchilov & Hutter 2019) where it is not 0.
 
@@ -30,7 +30,8 @@ def adamw(
 
     g = clip grads; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
     params -= rate (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay params).
-    `scalars` (4,) holds rate, 1 - beta1^t, 1 - beta2^t and the clip scale.
+    `scalars` (4,) holds rate, 1 - beta1^t, 1 - beta2^t and the clip scale. `copy`, if any, becomes
+    the new params in its own dtype.
     """
     xp = self.xp
     rate, correction1, correction2, clip = (float(x) for x in scalars)
@@ -51,6 +52,8 @@ def adamw(
         if weight_decay:
             p *= 1 - rate * weight_decay
         p -= a
+        if copy is not None:
+            copy[start : start + BLOCK] = p
 
 
 def adamw_scratch(size: int) -> tuple[tuple[int, ...], ...]:
