@@ -28,6 +28,11 @@ class Layout:
     offsets: Array  # (S + 1,) int32
     runs: tuple[Run, ...]  # the same on the host: maximal runs of equal-length sequences
 
+    @property
+    def longest(self) -> int:
+        """Rows of the longest sequence, known to the host."""
+        return max(run.length for run in self.runs)
+
     @classmethod
     def of(cls, lengths: np.ndarray) -> Layout:
         """Layout of sequences of these lengths, (S,) integers, in this order."""

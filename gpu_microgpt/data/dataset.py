@@ -49,6 +49,10 @@ class Dataset:
 class Split:
     """Samples `flat[start : start + length + 1]`: `length` inputs, as many targets."""
 
+    flat: np.ndarray  # (M,) uint16 tokens
+    starts: np.ndarray  # (S,) int64: where each sample begins in `flat`
+    lengths: np.ndarray  # (S,) int64: its rows
+    windows: bool  # samples are windows of block_size, but for a shorter one at the end
     samples: int  # that an epoch of training goes through
     num_targets: int  # of all, each once
 
@@ -57,20 +61,24 @@ class Split:
     ) -> None:
         """Describe a split. flat: (M,) uint16 tokens; starts, lengths: (S,) int64, together each
         target once."""
-        self._config, self._flat = config, flat
-        self._starts, self._lengths = starts, lengths
-        self._windows = config.data.mode == "stream"
+        self.config, self.flat, self.starts, self.lengths = config, flat, starts, lengths
+        self.windows = config.data.mode == "stream"
         # only full windows are trained on; the rest at the end is scored in `batches`
         block_size = config.model.block_size
-        self.samples = int((lengths == block_size).sum()) if self._windows else len(starts)
+        self.samples = int((lengths == block_size).sum()) if self.windows else len(starts)
         self.num_targets = int(lengths.sum())
         self._cached: tuple[int, np.ndarray] = (-1, starts[:0])
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps in which every sample is seen at least once."""
-        train = self._config.train
+        train = self.config.train
         return -(-self.samples // (train.batch_size * train.grad_accum))
+
+    @property
+    def choices(self) -> int:
+        """What `data.order: random` draws from: every place a window fits, or the samples."""
+        return len(self.flat) - self.config.model.block_size if self.windows else self.samples
 
     def batch(self, step: int, micro: int = 0) -> Batch:
         """Micro-batch `micro` of the 0-based training step: a pure function of (seed, step, micro).
@@ -78,29 +86,26 @@ class Split:
         It takes the samples numbered (step * grad_accum + micro) * batch_size and on of an endless
         sequence: one shuffled epoch after the other, or independent draws.
         """
-        train = self._config.train
+        train = self.config.train
         first = (step * train.grad_accum + micro) * train.batch_size
-        items = self._draw(first, train.batch_size)
-        if self._windows and self._config.data.order == "random":
-            return gather(self._flat, items, np.full(len(items), self._config.model.block_size))
+        items = self.draw(first, train.batch_size)
+        if self.windows and self.config.data.order == "random":
+            return gather(self.flat, items, np.full(len(items), self.config.model.block_size))
         return self._gather(items)
 
     def batches(self, limit: int = 0) -> Iterator[Batch]:
         """The whole split in batches, each target once; or, where that would be more than `limit`
         batches, always the same `limit` of them, drawn from all over it."""
-        size, total = self._config.train.batch_size, len(self._starts)
+        size, total = self.config.train.batch_size, len(self.starts)
         items = np.arange(total)
         if 0 < limit * size < total:
-            items = permute(items[: limit * size], total, self._config.seed, Stream.EVAL)
+            items = permute(items[: limit * size], total, self.config.seed, Stream.EVAL)
         for first in range(0, len(items), size):
             yield self._gather(items[first : first + size])
 
-    def _gather(self, items: np.ndarray) -> Batch:
-        return gather(self._flat, self._starts[items], self._lengths[items])
-
-    def _draw(self, first: int, count: int) -> np.ndarray:
+    def draw(self, first: int, count: int) -> np.ndarray:
         """Numbers first .. first + count - 1 of the endless sequence; (count,) int64."""
-        period = self.samples if self._config.data.order == "epochs" else _DRAWS
+        period = self.samples if self.config.data.order == "epochs" else _DRAWS
         parts = []
         while count:
             number, offset = divmod(first, period)
@@ -110,17 +115,19 @@ class Split:
             first, count = first + len(parts[-1]), count - len(parts[-1])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def _gather(self, items: np.ndarray) -> Batch:
+        return gather(self.flat, self.starts[items], self.lengths[items])
+
     def _period(self, number: int, period: int) -> np.ndarray:
         """One epoch's order, or as many draws; (period,) int64."""
-        config = self._config
+        config = self.config
         index = np.arange(period)
         if config.rng == "microgpt":
             return np.array(MicrogptRandom(config.seed, period, 0, 0.0).order)
         if config.data.order == "epochs":
             return permute(index, period, config.seed, Stream.ORDER, number)
-        choices = len(self._flat) - config.model.block_size if self._windows else self.samples
         draws = uniform(config.seed, Stream.ORDER, index + number * period)
-        return (draws * choices).astype(np.int64)
+        return (draws * self.choices).astype(np.int64)
 
 
 def _documents(

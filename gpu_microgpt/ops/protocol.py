@@ -30,7 +30,18 @@ class Ops(Protocol):
 
     # y = x rstd, rstd = 1 / sqrt(mean(x^2) + eps)
     def rmsnorm(self, y: Array, rstd: Array, x: Array) -> None:
-        """y, x (N, C); rstd (N,)."""
+        """y, x (N, C); rstd (N,). y may be x."""
+
+    def embedding_rmsnorm(
+        self, y: Array, rstd: Array, tokens: Array, positions: Array, wte: Array, wpe: Array
+    ) -> None:
+        """rmsnorm of the embedding, of which nothing else is kept: y (N, C); rstd (N,)."""
+
+    def add_rmsnorm(self, x: Array, y: Array, rstd: Array, branch: Array, residual: Array) -> None:
+        """x = residual + branch, and its rmsnorm; all (N, C) but rstd (N,).
+
+        x may be residual or branch.
+        """
 
     def rmsnorm_backward(self, dx: Array, dy: Array, y: Array, rstd: Array) -> None:
         """dx, dy, y (N, C); rstd (N,). dx may be dy."""
@@ -116,6 +127,7 @@ class Ops(Protocol):
         params: Array,
         m: Array,
         v: Array,
+        copy: Array | None,
         grads: Array,
         scalars: Array,
         beta1: float,
@@ -123,7 +135,10 @@ class Ops(Protocol):
         eps: float,
         weight_decay: float,
     ) -> None:
-        """params, m, v, grads (P,); scalars (4,): rate, 1 - beta1^t, 1 - beta2^t, clip scale."""
+        """params, m, v, grads (P,); scalars (4,): rate, 1 - beta1^t, 1 - beta2^t, clip scale.
+
+        copy (P,), or None: the new params in the dtype of the matrix products.
+        """
 
     # the next token
     def sample(
@@ -138,4 +153,20 @@ class Ops(Protocol):
         """tokens (S,) int32; logits (S, V), overwritten; uniforms (S,) float64 in [0, 1).
 
         Temperature 0 takes the largest logit; top_k 0 and top_p 1 keep every token.
+        """
+
+    def sample_philox(
+        self,
+        tokens: Array,
+        logits: Array,
+        seed: int,
+        numbers: Array,
+        positions: Array,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+    ) -> None:
+        """The same, row s drawn at rng.uniform(seed, Stream.SAMPLE, positions[s], numbers[s]).
+
+        numbers (S,) int32: of the texts; positions (S,) int32: of their next tokens.
         """

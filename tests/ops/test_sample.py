@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from gpu_microgpt.generate import philox_uniforms
 from tests.op_cases import normal, planned_ops
 
 MANY = 20_000
@@ -124,3 +125,21 @@ def test_the_same_uniforms_give_the_same_tokens(dtype):
     settings = {"temperature": 0.8, "top_k": 20, "top_p": 0.95}
     first, second = (draw(dtype, logits, uniforms, **settings) for _ in range(2))
     assert np.array_equal(first, second)
+
+
+def test_philox_draws_are_those_of_the_texts(dtype):
+    """Each row has its own text and position; what stands beside it does not matter."""
+    logits, seed = normal(dtype, 4, 33), 2**33 + 1
+    numbers, positions = np.array([5, 0, 5, 31], np.int32), np.array([0, 300, 7, 7], np.int32)
+    heat = (0.8, 20, 0.95)
+    uniforms = [
+        philox_uniforms(seed, [number])(at)[0]
+        for number, at in zip(numbers, positions, strict=True)
+    ]
+    wanted = draw(dtype, logits, uniforms, *heat)
+    for rows in (np.arange(4), np.array([3, 1])):
+        tokens = np.full(len(rows), -7, np.int32)
+        ops = planned_ops(dtype, len(rows), vocab=33)
+        ops.sample_philox(tokens, logits[rows], seed, numbers[rows], positions[rows], *heat)
+        assert tokens.tolist() == wanted[rows].tolist()
+    assert len({round(u, 6) for u in uniforms}) == 4

@@ -17,8 +17,15 @@ from .cross_entropy import (
 from .embedding import embedding, embedding_backward, embedding_scratch
 from .linear import linear, linear_add, linear_backward
 from .relu import relu, relu_backward, relu_scratch
-from .rmsnorm import rmsnorm, rmsnorm_backward, rmsnorm_backward_add, rmsnorm_scratch
-from .sample import sample
+from .rmsnorm import (
+    add_rmsnorm,
+    embedding_rmsnorm,
+    rmsnorm,
+    rmsnorm_backward,
+    rmsnorm_backward_add,
+    rmsnorm_scratch,
+)
+from .sample import sample, sample_philox
 from .softmax import softmax, softmax_backward, softmax_scratch
 
 
@@ -28,6 +35,8 @@ class ReferenceOps(Context):
     embedding = embedding
     embedding_backward = embedding_backward
     rmsnorm = rmsnorm
+    embedding_rmsnorm = embedding_rmsnorm
+    add_rmsnorm = add_rmsnorm
     rmsnorm_backward = rmsnorm_backward
     rmsnorm_backward_add = rmsnorm_backward_add
     linear = linear
@@ -48,6 +57,7 @@ class ReferenceOps(Context):
     clip_scale = clip_scale
     adamw = adamw
     sample = sample
+    sample_philox = sample_philox
 
 
 def workspace_bytes(dims: Dims, rows: int, itemsize: int) -> int:

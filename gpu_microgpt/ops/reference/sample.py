@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from ...rng import Stream, uniform
 from ...types import Array
 from .context import Context
 
@@ -29,6 +32,16 @@ def sample(
     cumulative = logits.cumsum(-1, dtype=xp.float64)
     reached = cumulative <= (uniforms * cumulative[:, -1])[:, None]
     tokens[...] = xp.minimum(reached.sum(-1), logits.shape[1] - 1)
+
+
+def sample_philox(
+    self: Context, tokens: Array, logits: Array, seed: int, numbers: Array, positions: Array,
+    temperature: float, top_k: int, top_p: float,
+) -> None:  # fmt: skip
+    """The same at the draws of the texts with these numbers, for these positions in them."""
+    places = zip(positions.tolist(), numbers.tolist(), strict=True)
+    draws = np.array([uniform(seed, Stream.SAMPLE, at, number) for at, number in places])
+    sample(self, tokens, logits, self.xp.asarray(draws), temperature, top_k, top_p)
 
 
 def _keep_likely(self: Context, weights: Array, top_k: int, top_p: float) -> None:
