@@ -87,8 +87,6 @@ def _heads(case: Case) -> Any:
 def _probabilities(q: np.ndarray, k: np.ndarray, stored: Any) -> tuple[np.ndarray, np.ndarray]:
     scores = stored(q @ k.T / np.sqrt(q.shape[1]))
     scores[np.triu_indices(len(q), 1)] = -np.inf
-    largest = scores.max(1, keepdims=True)
+    largest = scores.max(1, keepdims=True, initial=-np.inf)  # a sequence may be empty
     lse = np.log(np.exp(scores - largest).sum(1, keepdims=True)) + largest
     return np.exp(scores - lse), lse[:, 0]
-
-

@@ -9,15 +9,18 @@ import pytest
 
 import gpu_microgpt.ops
 from gpu_microgpt.ops import Ops
+from gpu_microgpt.ops.cuda import CudaOps
+from gpu_microgpt.ops.cuda.compiler import kernels_folder
 from gpu_microgpt.ops.reference import ReferenceOps
-from gpu_microgpt.ops.reference.context import Context
 
 OPS = {name: f for name, f in vars(Ops).items() if inspect.isfunction(f) and name[0] != "_"}
 STEMS = {
     "embedding", "rmsnorm", "linear", "relu", "attention", "attention_decode", "softmax",
     "cross_entropy", "adamw", "sample",
 }  # fmt: skip
-IMPLEMENTATIONS = [ReferenceOps]
+GEMMS = {"linear", "linear_add", "linear_backward"}  # the CUDA engine's own; no kernel of ours
+IMPLEMENTATIONS = {ReferenceOps: set(OPS), CudaOps: set(OPS) - GEMMS}
+CASES = [(i, name) for i, names in IMPLEMENTATIONS.items() for name in sorted(names)]
 
 
 def shape_of(function: object) -> list[tuple[str, object, object]]:
@@ -26,8 +29,7 @@ def shape_of(function: object) -> list[tuple[str, object, object]]:
     return [(a.name, a.kind, a.default) for a in arguments]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("implementation", "name"), CASES)
 def test_signatures_are_the_protocols(implementation: type, name: str) -> None:
     assert shape_of(getattr(implementation, name)) == shape_of(OPS[name])
 
@@ -35,12 +37,21 @@ def test_signatures_are_the_protocols(implementation: type, name: str) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_there_is_no_operation_beside_the_protocols(implementation: type) -> None:
     methods = {name for name in dir(implementation) if callable(getattr(implementation, name))}
-    assert {name for name in methods - set(dir(Context)) if name[0] != "_"} == set(OPS)
+    shared = set(dir(implementation.__base__))
+    assert {name for name in methods - shared if name[0] != "_"} == IMPLEMENTATIONS[implementation]
+
+
+def stems(folder: Path, pattern: str = "*.py") -> set[str]:
+    return {path.stem.removeprefix("test_") for path in folder.glob(pattern)}
 
 
 def test_one_operation_one_stem_everywhere() -> None:
-    reference = Path(gpu_microgpt.ops.__file__).parent / "reference"
-    shared = {"__init__", "context"}
-    assert {path.stem for path in reference.glob("*.py")} - shared == STEMS
-    tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
-    assert tests >= STEMS
+    ops, tests = Path(gpu_microgpt.ops.__file__).parent, Path(__file__).parent
+    assert stems(ops / "reference") - {"__init__", "context"} == STEMS
+    assert stems(tests, "test_*.py") >= STEMS
+    kernels = stems(kernels_folder(), "*.cu")
+    assert stems(ops / "cuda") >= STEMS - {"linear"} | kernels
+    assert stems(tests.parent / "cuda", "test_*.py") >= kernels
+    # attention has three kernels, and the batch is no operation of the model
+    of_no_stem = {stem for stem in kernels if not stem.startswith("attention_")} - STEMS
+    assert of_no_stem == {"batch"}
