@@ -62,6 +62,7 @@ def test_contents(wheel: Path) -> None:
         wanted = {f"gpu_microgpt/{place}/{name}" for name in below(folder, "*")}
         assert wanted
         assert {name for name in names if name.startswith(f"gpu_microgpt/{place}/")} == wanted
+    assert {f"gpu_microgpt/_kernels/{name}" for name in ("device.cuh", "relu.cu")} <= names
     assert {f"gpu_microgpt/{name}" for name in below("gpu_microgpt", "*.py")} <= names
 
 
@@ -89,3 +90,13 @@ def test_comes_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     path, version = done.stdout.split()
     assert Path(path).is_relative_to(installed.parents[1])
     assert version in next(installed.parents[2].glob("*.whl")).name
+
+
+def test_finds_its_kernels(installed: Path, tmp_path: Path) -> None:
+    """Without CuPy, too."""
+    code = "from gpu_microgpt.ops.cuda.compiler import kernels_folder; print(kernels_folder())"
+    done = run(str(installed.with_name("python")), "-c", code, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = Path(done.stdout.strip())
+    assert found.is_relative_to(installed.parents[1])
+    assert {path.name for path in found.iterdir()} == below("kernels", "*")
