@@ -14,9 +14,11 @@ from tests.cuda_on_cpu.compiler import COMPILER
 SANITIZER = os.environ.get("CUDA_ON_CPU_SANITIZE", "")  # of this process: "", address or thread
 
 _LOG = os.environ.get("CUDA_ON_CPU_LOG", "")
-_SIGNS = ("WARNING:", "ERROR:", "runtime error:")
+_SIGNS = ("WARNING:", "ERROR:")
 _TITLES = ("  Write", "  Previous", "  Read", "READ", "WRITE", "  Atomic")
 _FRAME = re.compile(r"#\d+.* in (\w+).*/(\w+\.cuh?:\d+)|#\d+ (\w+).*/(\w+\.cuh?:\d+)")
+
+_NOISE = re.compile(r"^==\d+==| \(pid=\d+\)| (on address|at) 0x.*")
 
 
 def missing(kind: str) -> str:
@@ -58,12 +60,12 @@ def reports() -> str:
         log.seek(_read)
         text = log.read().decode(errors="replace")
         _read = log.tell()
-    found = []
+    found: list[str] = []
     for line in text.splitlines():
         if any(sign in line for sign in _SIGNS) or line.startswith(_TITLES):
-            found.append(line.strip())
-        elif match := _FRAME.search(line):
-            found.append(f"    {match[1] or match[3]} {match[2] or match[4]}")
+            found.append(_NOISE.sub("", line.strip()))
+        elif (match := _FRAME.search(line)) and found and not found[-1].endswith("]"):
+            found[-1] += f" [{match[1] or match[3]} {match[2] or match[4]}]"  # the innermost
     return "\n".join(dict.fromkeys(found)) or text[:2000]
 
 
