@@ -1,5 +1,5 @@
 """Every kernel in the forms launchers ask for: what is compiled, tabulated and looked through where
-there is no GPU. Of constants with many values (HEAD_DIM of attention_general) some stand for all."""
+there is no GPU. Of constants with many values (HEAD_DIM of attention_general), some stand in."""
 
 from __future__ import annotations
 
