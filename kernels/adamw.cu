@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(32) clip_scale(double* scale, const
 }
 
 // What the step multiplies by and adds, out of `scalars`.
-struct Factors { float beta1, gradient, beta2, square, eps, rate, keep; };
+struct Factors { float beta1, gradient, beta2, root, eps, rate, keep; };
 
 __device__ __forceinline__ Factors factors(const double* scalars, double beta1, double beta2,
                                            double eps, double weight_decay) {
@@ -68,7 +68,7 @@ __device__ __forceinline__ Factors factors(const double* scalars, double beta1, 
     f.beta1 = static_cast<float>(beta1);
     f.gradient = static_cast<float>(clip * (1.0 - beta1));
     f.beta2 = static_cast<float>(beta2);
-    f.square = static_cast<float>(clip * clip * (1.0 - beta2));
+    f.root = static_cast<float>(clip * sqrt(1.0 - beta2));  // before squaring: no overflow
     f.eps = static_cast<float>(eps * root);
     f.rate = static_cast<float>(rate * root / scalars[1]);
     f.keep = static_cast<float>(1.0 - rate * weight_decay);
@@ -76,7 +76,7 @@ __device__ __forceinline__ Factors factors(const double* scalars, double beta1, 
 }
 __device__ __forceinline__ void update(float& p, float& m, float& v, float g, const Factors& f) {
     m = m * f.beta1 + g * f.gradient;
-    v = v * f.beta2 + g * g * f.square;
+    v = v * f.beta2 + (g * f.root) * (g * f.root);
     p = p * f.keep - m / (sqrtf(v) + f.eps) * f.rate;
 }
 

@@ -191,6 +191,6 @@ extern "C" __global__ void __launch_bounds__(128)
             total = fmaf(weight, stats[2 * (first + s) + 1], total);
             sum = fmaf(weight, sums[(first + s) * HEAD_DIM + i % HEAD_DIM], sum);
         }
-        y[i] = to_real(total > 0.0f ? sum / total : 0.0f);
+        y[i] = to_real(total == 0.0f ? 0.0f : sum / total);  // 0: no keys
     }
 }

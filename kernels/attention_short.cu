@@ -146,16 +146,14 @@ __device__ __forceinline__ void fetch(uint32_t (&a)[4], const uint4* left, int m
     a[0] = q.x, a[1] = q.y, a[2] = q.z, a[3] = q.w;
 }
 
-// Right operands are read where `fragment_b` and `fragment_b_rows` of device.cuh would read them,
-// but as (place for k = 0) ^ 16 k, a step within the permuted chunks of a row: tiles begin at
-// multiples of a row. One place in a register and an instruction each, not a register for each k.
+// Places in tiles are stepped by an exclusive or, as tiles begin at multiples of a row: one place
+// in a register and an instruction each, not a register for each k.
 
 // s (BLOCK, 16) = a (BLOCK, D) times 16 rows of shared memory, as columns; tiles [FROM, TO) of s.
 template <int FROM, int TO, class Operand>
 __device__ __forceinline__ void multiply(Scores& s, const Operand& left, const bf16* array,
                                          int tile) {
-    const int lane = threadIdx.x & 31;
-    const int at = tile + swizzled<D>((lane >> 4) * 8 + (lane & 7), (lane >> 3) & 1);
+    const int at = tile + along_offset<D>();
 #pragma unroll
     for (int i = 8 * FROM; i < 8 * TO; i++) s[i / 8][i / 4 % 2][i % 4] = 0.0f;
 #pragma unroll
@@ -175,7 +173,7 @@ __device__ __forceinline__ void multiply(Scores& s, const Operand& left, const b
 template <int FROM, int TO>
 __device__ __forceinline__ void accumulate(Sums& sums, const Weights& a, const bf16* array,
                                            int tile) {
-    const int lane = threadIdx.x & 31, at = tile + swizzled<D>(lane & 15, lane >> 4);
+    const int at = tile + across_offset<D>();
 #pragma unroll
     for (int n = 0; n < D / 8; n += 2) {
         uint32_t b[4];
@@ -423,7 +421,7 @@ struct Keys {  // a block of them makes dk and dv
     }
 };
 
-// lse in base 2 and delta of all queries, beside their tiles; behind the sequence 0, as dy is there.
+// lse in base 2 and delta of all queries, beside their tiles; behind the sequence 0, as dy is.
 __device__ __forceinline__ void make_stats(bf16* tiles, const Input& dy, const Input& y,
                                            const View<const float>& lse, Rows rows) {
     const int numbers = (rows.length + 15) / 16 * (2 * D);  // in packs of 8, D / 8 threads a row

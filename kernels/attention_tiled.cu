@@ -40,7 +40,8 @@ template <int PARTS> __device__ __forceinline__ bool start_job(
     Job& job, bf16* out, float* lse, const int* offsets, int rows, int sequences, int n_head,
     int tiles, int tile) {
     const int place = static_cast<int>(blockIdx.x) / tiles;
-    const int head = place % n_head, sequence = place / n_head, start = offsets[sequence];
+    const int head = place % n_head, sequence = sequences - 1 - place / n_head;  // longest first
+    const int start = offsets[sequence];
     constexpr int CHUNKS = PARTS * (D / 8);
     for (int i = static_cast<int>(threadIdx.x);; i += static_cast<int>(blockDim.x)) {
         const size_t turn = static_cast<size_t>(i / CHUNKS) * sequences + sequence;
@@ -76,15 +77,12 @@ template <int R, int N> __device__ __forceinline__ void copy_rows(bf16* to, cons
     }
 }
 
-// Where a lane reads fragments, as fragment_a and fragment_b_rows (across) and fragment_b (along)
-// of device.cuh do. 16 c columns on is an exclusive or, as rows are swizzled.
+// Where a lane reads fragments.
 struct Lane {
     int across, along;
 };
 __device__ __forceinline__ Lane lane_offsets() {
-    const int lane = threadIdx.x & 31;
-    return {swizzled<D>(lane & 15, lane >> 4),
-            swizzled<D>((lane >> 4) * 8 + (lane & 7), (lane >> 3) & 1)};
+    return {across_offset<D>(), along_offset<D>()};
 }
 
 // x (16 M, 8 W) = own (16 M, D) streamed^T
@@ -165,7 +163,7 @@ struct Softmax {  // of a lane's rows 16 i + 8 h + g; its columns only in total
 
 // s becomes exp2(scale s - largest). A row's largest follows its scores only when one exceeds it by
 // 8: y and total rarely shrink, and p up to 2^8 is as exact. Each row decides for itself, so that
-// no bit of it depends on later rows of the warp.
+// it does not depend on later rows of the warp (but for numbers below float's normal range).
 __device__ __forceinline__ void online_softmax(float (&s)[2][STEP / 8][4], Softmax& row,
                                                float (&y)[2][D / 8][4]) {
     float top[2][2];

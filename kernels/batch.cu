@@ -119,22 +119,6 @@ __device__ __forceinline__ void sort(uint64_t* keys, int padded) {
     __syncthreads();
 }
 
-// Sum of v over the block's threads up to this one; `total`: over all. `part`: 32 numbers.
-__device__ __forceinline__ int block_prefix(int v, int* part, int& total) {
-    const unsigned lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-#pragma unroll
-    for (unsigned o = 1; o < 32; o *= 2) {
-        const int below = __shfl_up_sync(0xffffffffu, v, o);
-        v += lane >= o ? below : 0;
-    }
-    __syncthreads();  // an earlier use of part is over
-    if (lane == 31) part[warp] = v;
-    __syncthreads();
-    const int of_warp = lane < warps ? part[lane] : 0;
-    total = warp_sum(of_warp);
-    return v + warp_sum(lane < warp ? of_warp : 0);
-}
-
 extern "C" __global__ void __launch_bounds__(512, 1)
     batch_order(int64_t* sources, int* offsets, int* count, float* scale, const int64_t* counter,
                 const int64_t* starts, const int* lengths, const int* table, int batch_size,
@@ -166,8 +150,9 @@ extern "C" __global__ void __launch_bounds__(512, 1)
         for (int base = 0; base < batch_size; base += threads) {
             const int b = base + thread;
             const uint64_t key = b < batch_size ? keys[b] : 0;
+            const int length = static_cast<int>(key >> 44);
             int total;
-            const int end = rows + block_prefix(static_cast<int>(key >> 44), part, total);
+            const int end = rows + length + block_before(length, part, total);
             if (b < batch_size) {
                 sources[b] = starts[static_cast<uint32_t>(key)];
                 offsets[b + 1] = end;

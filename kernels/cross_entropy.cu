@@ -18,7 +18,7 @@
 // Reference: gpu_microgpt/ops/reference/cross_entropy.py. Test: tests/cuda/test_cross_entropy.py.
 #include "device.cuh"
 
-#define LOWEST -3.0e38f  // below any logit, yet exp(LOWEST - LOWEST) is 1, not NaN
+#define LOWEST -3.402823466e38f  // not above any logit, and exp(LOWEST - LOWEST) is 1
 
 __device__ __forceinline__ float exponential(float x) {
 #if REAL_BF16
@@ -27,23 +27,6 @@ __device__ __forceinline__ float exponential(float x) {
     return expf(x);
 #endif
 }
-template <bool BLOCK> __device__ __forceinline__ float team_max(float v, float* part) {
-    if constexpr (BLOCK) return block_max(v, part);
-    return warp_max(v);
-}
-template <bool BLOCK> __device__ __forceinline__ float team_sum(float v, float* part) {
-    if constexpr (BLOCK) return block_sum(v, part);
-    return warp_sum(v);
-}
-
-// Which rows, and which of their numbers, are this thread's.
-template <bool BLOCK> struct Team {
-    const int size = BLOCK ? static_cast<int>(blockDim.x) : 32;
-    const int rank = static_cast<int>(BLOCK ? threadIdx.x : threadIdx.x & 31);
-    const size_t teams = BLOCK ? 1 : blockDim.x >> 5;  // in a block
-    const size_t row = blockIdx.x * teams + (BLOCK ? 0 : threadIdx.x >> 5);
-    const size_t rows = gridDim.x * teams;
-};
 
 template <int WIDTH> __device__ __forceinline__ void load(float (&v)[WIDTH], const real* from) {
     if constexpr (WIDTH > 1) load_pack(v, from);

@@ -167,6 +167,40 @@ __device__ __forceinline__ float block_max(float v, float* part) {
     return warp_max(lane < warps ? part[lane] : -INFINITY);
 }
 
+// Sum over the block's threads before this one; `total`: over all. Whole warps, `part` as above.
+template <class T> __device__ __forceinline__ T block_before(T v, T* part, T& total) {
+    const unsigned lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    T sum = v;
+#pragma unroll
+    for (unsigned o = 1; o < 32; o *= 2) {
+        const T below = __shfl_up_sync(0xffffffffu, sum, o);
+        sum += lane >= o ? below : T(0);
+    }
+    __syncthreads();  // an earlier use of part is over
+    if (lane == 31) part[warp] = sum;
+    __syncthreads();
+    const T of_warp = lane < warps ? part[lane] : T(0);
+    total = warp_sum(of_warp);
+    return sum - v + warp_sum(lane < warp ? of_warp : T(0));
+}
+
+// A team shares a row: a warp, or a block. Which rows, and which of their numbers, are a thread's.
+template <bool BLOCK> struct Team {
+    const int size = BLOCK ? static_cast<int>(blockDim.x) : 32;
+    const int rank = static_cast<int>(BLOCK ? threadIdx.x : threadIdx.x & 31);
+    const size_t teams = BLOCK ? 1 : blockDim.x >> 5;  // in a block
+    const size_t row = blockIdx.x * teams + (BLOCK ? 0 : threadIdx.x >> 5);
+    const size_t rows = gridDim.x * teams;
+};
+template <bool BLOCK> __device__ __forceinline__ float team_max(float v, float* part) {
+    if constexpr (BLOCK) return block_max(v, part);
+    return warp_max(v);
+}
+template <bool BLOCK> __device__ __forceinline__ float team_sum(float v, float* part) {
+    if constexpr (BLOCK) return block_sum(v, part);
+    return warp_sum(v);
+}
+
 // ------------------------------------------------------------------------------------ randomness
 // Philox4x32-10 (Salmon et al. 2011), as gpu_microgpt/rng.py has it.
 __device__ __forceinline__ uint4 philox(uint4 x, uint32_t key0, uint32_t key1) {
@@ -189,35 +223,17 @@ template <int D> __device__ __forceinline__ int swizzled(int row, int chunk) {
     const int mix = D >= 64 ? row & 7 : D == 32 ? (row >> 1) & 3 : (row >> 2) & 1;
     return row * D + (chunk ^ mix) * 8;
 }
-// Rows [0, rows) of a tile from rows of global memory `stride` numbers apart, by the whole block;
-// rows from `valid` on become zero (`from` must then still be readable). Not waited for.
-template <int D> __device__ __forceinline__ void copy_tile(bf16* tile, const bf16* from,
-                                                           size_t stride, int rows, int valid) {
-    for (int i = static_cast<int>(threadIdx.x); i < rows * (D / 8);
-         i += static_cast<int>(blockDim.x)) {
-        const int row = i / (D / 8), chunk = i % (D / 8), real_row = row < valid;
-        cp_async_16(tile + swizzled<D>(row, chunk),
-                    from + (real_row ? row : 0) * stride + chunk * 8, real_row ? 16 : 0);
-    }
-}
-// Left operand (16, 16): tile rows `row`.., columns `k`...
-template <int D> __device__ __forceinline__ void fragment_a(uint32_t* a, const bf16* tile, int row,
-                                                            int k) {
+// Where a lane reads a (16, 16) fragment at the tile's first row and column. Columns from 16 k on:
+// exclusive or with 16 k, a step within the permuted chunks; rows from 16 r on: 16 r D more.
+// across, ldmatrix_x4: a left operand. across, ldmatrix_x4_trans: the right operands of two
+// products, from a tile that has their rows as rows. along, ldmatrix_x4: the same from a tile that
+// has their columns as rows. Columns 0 .. 7 of right operands come in b[0..1], 8 .. 15 in b[2..3].
+template <int D> __device__ __forceinline__ int across_offset() {
     const int lane = threadIdx.x & 31;
-    ldmatrix_x4(a, tile + swizzled<D>(row + (lane & 15), k / 8 + (lane >> 4)));
+    return swizzled<D>(lane & 15, lane >> 4);
 }
-// Right operands of two products, (16, 8) each, from a tile that has a column of them as a row:
-// columns `n`.. n + 7 in b[0..1], n + 8.. in b[2..3].
-template <int D> __device__ __forceinline__ void fragment_b(uint32_t* b, const bf16* tile, int n,
-                                                            int k) {
+template <int D> __device__ __forceinline__ int along_offset() {
     const int lane = threadIdx.x & 31;
-    ldmatrix_x4(b, tile + swizzled<D>(n + (lane >> 4) * 8 + (lane & 7),
-                                      k / 8 + ((lane >> 3) & 1)));
-}
-// The same from a tile that has their rows as rows.
-template <int D> __device__ __forceinline__ void fragment_b_rows(uint32_t* b, const bf16* tile,
-                                                                 int k, int n) {
-    const int lane = threadIdx.x & 31;
-    ldmatrix_x4_trans(b, tile + swizzled<D>(k + (lane & 15), n / 8 + (lane >> 4)));
+    return swizzled<D>((lane >> 4) * 8 + (lane & 7), (lane >> 3) & 1);
 }
 #endif

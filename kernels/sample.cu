@@ -47,7 +47,10 @@ struct Row {
     float largest, scale;  // the scale: log2(e) / temperature
 
     __device__ __forceinline__ uint64_t weight(float x) const {  // NaN weighs as the largest
-        return static_cast<uint64_t>(exp2f(fminf((x - largest) * scale, 0.0f)) * UNIT);
+        const float units = exp2f(fminf((x - largest) * scale, 0.0f)) * (UNIT * 0x1p-32f);
+        const uint32_t high = static_cast<uint32_t>(units);  // two conversions: to 64 bits is slow
+        const float rest = units - static_cast<float>(high);
+        return static_cast<uint64_t>(high) << 32 | static_cast<uint32_t>(rest * 0x1p32f);
     }
     // The logits of ids first .. first + PACK - 1; how many of those there are.
     __device__ __forceinline__ int load(float (&v)[PACK], int first) const {
@@ -93,23 +96,6 @@ __device__ __forceinline__ uint64_t block_max(uint64_t v, uint64_t* part) {
 #pragma unroll
     for (int o = 16; o; o >>= 1) v = max(v, __shfl_xor_sync(0xffffffffu, v, o));
     return v;
-}
-
-// Sum of v over the block's threads before this one; `total`: over all.
-__device__ __forceinline__ uint64_t block_before(uint64_t v, uint64_t* part, uint64_t& total) {
-    const unsigned lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-    uint64_t sum = v;
-#pragma unroll
-    for (unsigned o = 1; o < 32; o *= 2) {
-        const uint64_t below = __shfl_up_sync(0xffffffffu, sum, o);
-        sum += lane >= o ? below : 0;
-    }
-    __syncthreads();  // an earlier use of part is over
-    if (lane == 31) part[warp] = sum;
-    __syncthreads();
-    const uint64_t of_warp = lane < warps ? part[lane] : 0;
-    total = warp_sum(of_warp);
-    return sum - v + warp_sum(lane < warp ? of_warp : 0);
 }
 
 // The first id at which the sum of value(logit, id) exceeds `limit`, which is below the whole sum.

@@ -11,25 +11,7 @@
 // Reference: gpu_microgpt/ops/reference/softmax.py. Test: tests/cuda/test_softmax.py.
 #include "device.cuh"
 
-#define LOWEST -3.0e38f  // below any logit, yet exp(LOWEST - LOWEST) is 1, not NaN
-
-template <bool BLOCK> __device__ __forceinline__ float team_max(float v, float* part) {
-    if constexpr (BLOCK) return block_max(v, part);
-    return warp_max(v);
-}
-template <bool BLOCK> __device__ __forceinline__ float team_sum(float v, float* part) {
-    if constexpr (BLOCK) return block_sum(v, part);
-    return warp_sum(v);
-}
-
-// Which rows, and which of their numbers, are this thread's.
-template <bool BLOCK> struct Team {
-    const int size = BLOCK ? static_cast<int>(blockDim.x) : 32;
-    const int rank = static_cast<int>(BLOCK ? threadIdx.x : threadIdx.x & 31);
-    const size_t teams = BLOCK ? 1 : blockDim.x >> 5;  // in a block
-    const size_t row = blockIdx.x * teams + (BLOCK ? 0 : threadIdx.x >> 5);
-    const size_t rows = gridDim.x * teams;
-};
+#define LOWEST -3.402823466e38f  // not above any logit, and exp(LOWEST - LOWEST) is 1
 
 // Numbers at .. at + WIDTH of a row; `fill` from its end on.
 template <int WIDTH>

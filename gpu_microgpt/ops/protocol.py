@@ -150,7 +150,7 @@ class Ops(Protocol):
         top_k: int,
         top_p: float,
     ) -> None:
-        """tokens (S,) int32; logits (S, V), overwritten; uniforms (S,) float64 in [0, 1).
+        """tokens (S,) int32; logits (S, V), may be overwritten; uniforms (S,) float64 in [0, 1).
 
         Temperature 0 takes the largest logit; top_k 0 and top_p 1 keep every token.
         """

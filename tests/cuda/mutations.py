@@ -23,8 +23,8 @@ FLOAT, BF16 = "float32", "bfloat16"
 MUTATIONS = [
     Mutation(
         "relu", "wrong sign",
-        "fmaxf(v[k], 0.0f)",
-        "fminf(v[k], 0.0f)", FLOAT,
+        "x < 0.0f ? 0.0f : x",
+        "x > 0.0f ? 0.0f : x", FLOAT,
     ),
     Mutation(
         "relu", "pack past the end",
@@ -112,8 +112,8 @@ MUTATIONS = [
     ),
     Mutation(
         "batch", "lanes below sum too few",
-        "v += lane >= o ? below : 0;",
-        "v += lane > o ? below : 0;",
+        "sum += lane >= o ? below : T(0);",
+        "sum += lane > o ? below : T(0);", file="device.cuh",
     ),
     Mutation(
         "sample", "of equal logits one too few",

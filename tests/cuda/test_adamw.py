@@ -133,3 +133,17 @@ def test_wrong_arguments_are_named(machine):
         ops.global_norm(scalars[:1], x[1:])
     with pytest.raises(ValueError, match="clip_scale: norm: got float32"):
         ops.clip_scale(scalars[:1], x[:1], 1.0)
+
+
+def test_a_huge_gradient_is_clipped_before_it_is_squared(machine):
+    g = normal(np.float32, 37)
+    g[3] = 3e19  # its square is no float
+    settings = (BETA1, BETA2, EPS, 0.0)
+    for clip in (0.0, 1e-19):
+        p, m, v = (machine.array(np.zeros(37, np.float32)) for _ in range(3))
+        scalars = machine.array(np.array([RATE, 1 - BETA1, 1 - BETA2, clip]))
+        machine.ops(np.float32).adamw(p, m, v, None, machine.array(g), scalars, *settings)
+        for got in (p, m, v):
+            assert np.isfinite(machine.host(got)).all()
+        wanted = (1 - BETA2) * (clip * wide(g)) ** 2
+        assert np.allclose(machine.host(v), wanted, rtol=1e-6, atol=1e-37)

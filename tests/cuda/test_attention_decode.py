@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpu_microgpt.arena import array_bytes
 from gpu_microgpt.ops.cuda.attention_decode import attention_decode_scratch, cut
 from gpu_microgpt.ops.cuda.device import KNOWN
 from gpu_microgpt.ops.reference import ReferenceOps
@@ -163,3 +164,18 @@ def test_wrong_arguments_are_named(machine):
         ops.attention_decode(y[:2], qkv[:2], blank[4], blank[4], ids[:2])
     with pytest.raises(ValueError, match=r"attention_decode: y: got float32 \(3, 7\), wanted"):
         ops.attention_decode(y[:, :7], qkv, blank[4], blank[4], ids)
+
+
+def test_nan_shows_whether_keys_are_split_or_not():
+    for sequences, arch in ((64, "sm_75"), (1, "sm_90")):
+        machine = Machine(EmulatedLoader("fifo"), KNOWN[arch])
+        keys = normal(np.float32, sequences, 1, 512, 32)
+        keys[:, :, 3] = np.nan
+        qkv, lengths = normal(np.float32, sequences, 96), np.full(sequences, 400, np.int32)
+        scratch = attention_decode_scratch(machine.device, keys.shape, 4)
+        assert bool(scratch) == (sequences == 1)
+        ops = machine.ops(np.float32, sum(array_bytes(shape, 4) for shape in scratch))
+        y = machine.blank((sequences, 32), np.float32)
+        arrays = (machine.array(a) for a in (qkv, keys, keys, lengths))
+        ops.attention_decode(y, *arrays)
+        assert np.isnan(machine.host(y)).all()

@@ -139,6 +139,10 @@ def test_wrong_arguments_are_named(machine):
         ValueError, match=r"attention: lse: got float32 \(3, 1\), wanted .*\(3, 2\)"
     ):
         ops.attention(y, lse[:, :1], qkv, layout, 2)
+    with pytest.raises(ValueError, match=r"attention: qkv: got shape \(72,\), wanted rows and"):
+        ops.attention(y, lse, qkv.reshape(-1), layout, 2)
+    with pytest.raises(ValueError, match="attention: offsets: got no sequence, wanted one or more"):
+        ops.attention(y, lse, qkv, Layout(layout.offsets[:1], ()), 2)
     with pytest.raises(ValueError, match=r"attention: qkv: got 24 numbers a row for 4 heads"):
         ops.attention(y, lse, qkv, layout, 4)
     with pytest.raises(ValueError, match=r"attention_backward: dy: got float32 \(2, 8\), wanted"):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.cuda.machine import DTYPES, Machine, normal, twice
+from tests.cuda.machine import DTYPES, Machine, normal, twice, wide
 
 SIZES = [(1, 1), (1, 7), (31, 33), (5, 4096)]
 
@@ -59,3 +59,18 @@ def test_wrong_arguments_are_named(machine):
         ops.relu(x.T, machine.blank((8, 4), np.float32))
     with pytest.raises(ValueError, match="wanted a multiple of 16"):
         ops.relu(x.reshape(-1)[1:9], x.reshape(-1)[1:9])
+
+
+def test_nan_stays_nan(machine, dtype):
+    x = normal(DTYPES[dtype], 3, 7)
+    x[1, 2] = x[2, 6] = np.nan  # in a pack and behind the last
+    y = machine.blank(x.shape, x.dtype)
+    machine.ops(x.dtype).relu(y, machine.array(x))
+    assert np.array_equal(np.isnan(wide(machine.host(y))), np.isnan(wide(x)))
+
+
+def test_arrays_of_another_place_are_refused(machine):
+    x = machine.blank((4, 8), np.float32)
+    elsewhere = np.ma.zeros((4, 8), np.float32)  # neither NumPy's own array nor CuPy's
+    with pytest.raises(ValueError, match=r"relu: y: got numpy.MaskedArray, wanted \w+.ndarray"):
+        machine.ops(np.float32).relu(elsewhere, x)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -116,3 +117,10 @@ def test_wrong_arguments_are_named(machine):
         ops.softmax(x[:3], x)
     with pytest.raises(ValueError, match=r"backward: dy: got strides .* rows of neighbours"):
         ops.softmax_backward(x[:, :4], x[:, ::2], x[:, :4])
+
+
+def test_a_row_of_the_lowest_numbers(machine, dtype):
+    x = np.full((2, 5), ml_dtypes.finfo(DTYPES[dtype]).min, DTYPES[dtype])
+    y = machine.blank(x.shape, x.dtype)
+    machine.ops(x.dtype).softmax(y, machine.array(x))
+    assert np.allclose(wide(machine.host(y)), 0.2, rtol=4e-3)

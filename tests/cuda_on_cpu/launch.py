@@ -121,7 +121,7 @@ class EmulatedKernel:
 
 
 def _dim3(sizes: tuple[int, ...]) -> _Dim3:
-    return _Dim3(*(*sizes, 1, 1)[:3])
+    return _Dim3(*(max(1, size) for size in (*sizes, 1, 1)[:3]))  # CuPy makes 0 blocks 1
 
 
 def _with_source_line(message: str, library: str) -> str:

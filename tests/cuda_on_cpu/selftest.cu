@@ -180,20 +180,27 @@ extern "C" __global__ void tiles(float* by_rows, float* by_columns, const bf16* 
     DYN_SHARED(bf16, shared);
     bf16 *const tile_a = shared, *const tile_b = shared + 16 * WIDTH;
     bf16* const tile_c = shared + 32 * WIDTH;
-    copy_tile<WIDTH>(tile_a, a, WIDTH, 16, valid);
-    copy_tile<WIDTH>(tile_b, b, WIDTH, 16, 16);
-    copy_tile<WIDTH>(tile_c, c, WIDTH, WIDTH, WIDTH);
+    const int lane = static_cast<int>(threadIdx.x);
+    for (int i = lane; i < 16 * (WIDTH / 8); i += 32) {
+        const int row = i / (WIDTH / 8), chunk = i % (WIDTH / 8), at = row * WIDTH + chunk * 8;
+        cp_async_16(tile_a + swizzled<WIDTH>(row, chunk), a + at, row < valid ? 16 : 0);
+        cp_async_16(tile_b + swizzled<WIDTH>(row, chunk), b + at, 16);
+    }
+    for (int i = lane; i < WIDTH * (WIDTH / 8); i += 32) {
+        const int row = i / (WIDTH / 8), chunk = i % (WIDTH / 8);
+        cp_async_16(tile_c + swizzled<WIDTH>(row, chunk), c + row * WIDTH + chunk * 8, 16);
+    }
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
     float r[2][4] = {}, s[2][4] = {};
     for (int k = 0; k < WIDTH; k += 16) {
         uint32_t left[4], right[4];
-        fragment_a<WIDTH>(left, tile_a, 0, k);
-        fragment_b<WIDTH>(right, tile_b, 0, k);
+        ldmatrix_x4(left, tile_a + (across_offset<WIDTH>() ^ k));
+        ldmatrix_x4(right, tile_b + (along_offset<WIDTH>() ^ k));
         mma_m16n8k16(r[0], left, right);
         mma_m16n8k16(r[1], left, right + 2);
-        fragment_b_rows<WIDTH>(right, tile_c, k, 0);
+        ldmatrix_x4_trans(right, tile_c + across_offset<WIDTH>() + k * WIDTH);
         mma_m16n8k16(s[0], left, right);
         mma_m16n8k16(s[1], left, right + 2);
     }

@@ -105,7 +105,13 @@ def test_signature(kernels):
     kernel((1,), (1,), (np.zeros(2, ml_dtypes.bfloat16), words, np.float64(1), np.uint8(1), words))
 
 
-@pytest.mark.parametrize(("grid", "block"), [((0,), (32,)), ((1,), (0,)), ((1,), (1025,))])
+def test_no_blocks_are_one_block_as_with_cupy(kernels):
+    y, a = np.zeros(3, np.float32), numbers(3)
+    kernels.get_function("add")((0,), (32,), (y, a, a, np.int32(3), np.float32(2)))
+    assert np.array_equal(y, 3 * a)
+
+
+@pytest.mark.parametrize(("grid", "block"), [((1,), (1025,)), ((1,), (32, 64))])
 def test_impossible_launches(kernels, grid, block):
     args = (*[numbers(1)] * 3, np.int32(1), np.float32(1))
     with pytest.raises(build.KernelError, match="empty or too large"):

@@ -65,3 +65,14 @@ def test_a_zero_gradient_moves_nothing(dtype):
     assert p.tolist() == [1] * 5
     assert not m.any()
     assert not v.any()
+
+
+def test_a_huge_gradient_is_clipped_before_it_is_squared(dtype):
+    ops = planned_ops(dtype, 1, vocab=8)
+    largest = float(np.finfo(dtype).max)
+    g = np.array([0.5 * largest, 1, -1, 0], dtype)
+    for clip in (0.0, 2 / largest):
+        p, m, v = (np.zeros(4, dtype) for _ in range(3))
+        ops.adamw(p, m, v, None, g, np.array([0.1, 0.1, 0.1, clip]), 0.9, 0.99, 1e-8, 0.0)
+        assert all(np.isfinite(a).all() for a in (p, m, v))
+        assert np.isclose(v[0], 0.01 * (clip * 0.5 * largest) ** 2)

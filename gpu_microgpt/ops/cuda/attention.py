@@ -13,7 +13,7 @@ from ...arena import Shape
 from ...data.batch import Layout
 from ...types import Array
 from . import attention_general, attention_short, attention_tiled
-from .context import Context
+from .context import Context, rows_of
 
 MAX_HEAD_DIM = 128
 TENSOR_CORE_HEAD_DIMS = (16, 32, 64, 128)
@@ -69,7 +69,7 @@ def _check(
     layout: Layout, n_head: int,
 ) -> None:  # fmt: skip
     """Shapes (N, C), (N, 3C), (N, H), and a head dim the kernels know."""
-    rows, width = packed["qkv"].shape
+    rows, width = rows_of(op, "qkv", packed["qkv"])
     channels = width // 3
     head_dim = channels // n_head
     if width != 3 * n_head * head_dim or head_dim % 4 or not 4 <= head_dim <= MAX_HEAD_DIM:
@@ -78,6 +78,8 @@ def _check(
             f"head dim that is a multiple of 4 up to {MAX_HEAD_DIM}"
         )
     sequences = len(layout.offsets) - 1
+    if sequences < 1:
+        raise ValueError(f"{op}: offsets: got no sequence, wanted one or more")
     self.check(
         op,
         **{name: (array, self.real, (rows, channels)) for name, array in thin.items()},

@@ -109,6 +109,8 @@ def _check(
             f"{MAX_HEAD_DIM}"
         )
     sequences, heads, size, head_dim = keys.shape
+    if not sequences:
+        raise ValueError(f"{op}: keys: got no sequence, wanted one or more")
     self.check(
         op,
         keys=(keys, self.real, keys.shape),

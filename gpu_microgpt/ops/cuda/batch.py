@@ -17,6 +17,7 @@ GATHER_BLOCK = 256  # at most
 MAX_BATCH = 4096  # sequences: 12 bits of a sorted number
 MAX_LENGTH = 1 << 20
 MAX_SAMPLES = 1 << 31
+MAX_ROWS = 1 << 30
 LOW = 0xFFFFFFFF
 
 
@@ -46,7 +47,7 @@ class DeviceSplit:
             ("batch_size", batch_size, MAX_BATCH + 1),
             ("block_size", block_size, MAX_LENGTH),
             ("samples", split.samples, MAX_SAMPLES),
-            ("rows", batch_size * block_size, MAX_SAMPLES),
+            ("rows", batch_size * block_size, MAX_ROWS),
         ):
             if got >= limit:
                 raise ValueError(f"batch: {name}: got {got}, wanted less than {limit}")

@@ -52,7 +52,8 @@ class Context:
         return 8 if self.real == "bfloat16" else 4
 
     def kernel(self, stem: str, name: str, shared_mem: int = 0, **constants: int) -> Kernel:
-        """Kernel `name` of `kernels/stem.cu` for this dtype; loaded once."""
+        """Kernel `name` of `kernels/stem.cu` for this dtype. Loaded when first asked for: before a
+        graph is captured, run the same operation once on the same shapes."""
         key = (stem, name, shared_mem, *constants.items())
         if key not in self._kernels:
             numbers = {"REAL_BF16": int(self.real == "bfloat16"), **constants}
@@ -64,10 +65,7 @@ class Context:
         """Raise ValueError unless each array (name=(array, dtype, shape)) is as a kernel reads it:
         of that dtype and shape, contiguous, at a multiple of `align` bytes."""
         for name, (array, dtype, shape) in arrays.items():
-            if array.dtype.name != dtype or array.shape != shape:
-                raise ValueError(
-                    f"{op}: {name}: got {array.dtype} {array.shape}, wanted {dtype} {shape}"
-                )
+            self._check_kind(op, name, array, dtype, shape)
             if not array.flags.c_contiguous:
                 raise ValueError(
                     f"{op}: {name}: got strides {array.strides}, wanted a contiguous array"
@@ -80,15 +78,25 @@ class Context:
     def check_rows(self, op: str, **arrays: tuple[Array, str, Shape]) -> None:
         """The same for (N, V) arrays whose rows may lie further apart than V numbers."""
         for name, (array, dtype, shape) in arrays.items():
-            if array.dtype.name != dtype or array.shape != shape:
-                raise ValueError(
-                    f"{op}: {name}: got {array.dtype} {array.shape}, wanted {dtype} {shape}"
-                )
+            self._check_kind(op, name, array, dtype, shape)
             item = array.dtype.itemsize
             if array.size and (array.strides[1] != item or array.strides[0] < shape[1] * item):
                 raise ValueError(
                     f"{op}: {name}: got strides {array.strides}, wanted rows of neighbours"
                 )
+
+    def _check_kind(self, op: str, name: str, array: Array, dtype: str, shape: Shape) -> None:
+        """On the device (a host array's bytes would be taken for an address), of this dtype and
+        shape."""
+        wanted = type(self.workspace)
+        if type(array) is not wanted:
+            raise ValueError(
+                f"{op}: {name}: got {_kind(type(array))}, wanted {_kind(wanted)}, on the device"
+            )
+        if array.dtype.name != dtype or array.shape != shape:
+            raise ValueError(
+                f"{op}: {name}: got {array.dtype} {array.shape}, wanted {dtype} {shape}"
+            )
 
     def scratch(self, dtype: Any, *shapes: Shape) -> tuple[Array, ...]:
         """Uninitialised arrays side by side in the workspace, valid until the next call.
@@ -96,6 +104,14 @@ class Context:
         Raises MemoryError where the plan was too small: a fault of `workspace_bytes`.
         """
         return carve(self.workspace, dtype, shapes)
+
+
+def rows_of(op: str, name: str, array: Array) -> tuple[int, int]:
+    """N and C of an (N, C) array. Raises ValueError where it has other dimensions."""
+    if array.ndim != 2:
+        raise ValueError(f"{op}: {name}: got shape {array.shape}, wanted rows and columns")
+    rows, columns = array.shape
+    return int(rows), int(columns)
 
 
 def pointer(array: Array) -> int:
@@ -113,3 +129,7 @@ def row_stride(array: Array) -> int:
 def ceil_div(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
+
+
+def _kind(array: type) -> str:
+    return f"{array.__module__.partition('.')[0]}.{array.__name__}"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ...types import Array
-from .context import NULL, WARP, Context, ceil_div, row_stride
+from .context import NULL, WARP, Context, ceil_div, row_stride, rows_of
 from .softmax import in_packs, teams
 
 LOSS_BLOCK = 1024
@@ -17,7 +17,7 @@ NUMBER = 4  # bytes of a loss and of a target, which may start at any of them
 
 def cross_entropy(self: Context, losses: Array, logits: Array, targets: Array) -> None:
     """losses = log(sum(exp(logits))) - logits[target], 0 where the target is -1."""
-    rows, vocab = logits.shape
+    rows, vocab = rows_of("cross_entropy", "logits", logits)
     _check(self, "cross_entropy", losses, targets, logits=logits)
     team, grid, block = teams(self, rows, vocab)
     kernel = self.kernel("cross_entropy", f"cross_entropy_{team}")
@@ -33,7 +33,7 @@ def cross_entropy_backward(
     scale: a number, or a (1,) float32 array. Where rows of dlogits lie apart, what is between them
     and behind the last becomes 0, so that it may enter a matrix product.
     """
-    rows, vocab = logits.shape
+    rows, vocab = rows_of("cross_entropy_backward", "logits", logits)
     _check(self, "cross_entropy_backward", losses, targets, dlogits=dlogits, logits=logits)
     factor, number = NULL, np.float32(1)
     if isinstance(scale, (int, float, np.number)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...types import Array
-from .context import WARP, Context, ceil_div
+from .context import WARP, Context, ceil_div, rows_of
 
 WARPS_BLOCK = 128  # threads of a block whose warps take a row each
 ROW_BLOCK = 256  # threads of a block that takes one row
@@ -23,7 +23,7 @@ def embedding_rmsnorm(
     self: Context, y: Array, rstd: Array, tokens: Array, positions: Array, wte: Array, wpe: Array
 ) -> None:
     """rmsnorm(wte[tokens] + wpe[positions]); the sum stays in registers."""
-    rows, channels = y.shape
+    rows, channels = rows_of("embedding_rmsnorm", "y", y)
     _check_rows(self, "embedding_rmsnorm", rstd, y=y)
     self.check(
         "embedding_rmsnorm",

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...types import Array
 from ..reference.sample import GREEDY
-from .context import Context, row_stride
+from .context import Context, row_stride, rows_of
 
 MAX_VOCAB = 1 << 16  # of 2^47 units each: sums below 2^64
 LOW = 0xFFFFFFFF
@@ -42,12 +42,12 @@ def sample_philox(
 
 def _check(self: Context, op: str, tokens: Array, logits: Array) -> int:
     """The number of rows."""
-    rows, vocab = logits.shape
+    rows, vocab = rows_of(op, "logits", logits)
     if not 1 <= vocab <= MAX_VOCAB:
         raise ValueError(f"{op}: logits: got {vocab} tokens, wanted 1 to {MAX_VOCAB}")
     self.check_rows(op, logits=(logits, self.real, (rows, vocab)))
     self.check(op, tokens=(tokens, "int32", (rows,)))
-    return int(rows)
+    return rows
 
 
 def _threads(logits: Array) -> int:

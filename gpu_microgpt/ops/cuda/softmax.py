@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...types import Array
-from .context import ALIGN, WARP, Context, Grid, ceil_div, pointer, row_stride
+from .context import ALIGN, WARP, Context, Grid, ceil_div, pointer, row_stride, rows_of
 
 WARP_WIDTH = 1024  # numbers of a row that a warp takes alone: 32 a thread
 WARPS = 8  # of a block, with a row each
@@ -15,6 +15,7 @@ BLOCK = 512  # threads, at most, of a block that has a row together
 def softmax(self: Context, y: Array, x: Array) -> None:
     """y = exp(x) / sum(exp(x)) over each row."""
     arrays = {"y": y, "x": x}
+    rows_of("softmax", "x", x)
     self.check_rows("softmax", **{k: (a, self.real, x.shape) for k, a in arrays.items()})
     _launch(self, "softmax", (y, x))
 
@@ -22,6 +23,7 @@ def softmax(self: Context, y: Array, x: Array) -> None:
 def softmax_backward(self: Context, dx: Array, dy: Array, y: Array) -> None:
     """dx = y (dy - sum(dy y))."""
     arrays = {"dx": dx, "dy": dy, "y": y}
+    rows_of("softmax_backward", "y", y)
     self.check_rows("softmax_backward", **{k: (a, self.real, y.shape) for k, a in arrays.items()})
     _launch(self, "softmax_backward", (dx, dy, y))
 

@@ -41,8 +41,8 @@ def adamw(
         xp.multiply(g, clip * (1 - beta1), out=a)
         mean *= beta1
         mean += a
-        xp.multiply(g, g, out=a)
-        a *= clip**2 * (1 - beta2)
+        xp.multiply(g, clip * (1 - beta2) ** 0.5, out=a)  # before squaring: no overflow
+        xp.multiply(a, a, out=a)
         square *= beta2
         square += a
         xp.sqrt(square, out=a)
