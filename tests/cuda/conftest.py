@@ -27,3 +27,9 @@ def machine(request: pytest.FixtureRequest) -> Machine:
 @pytest.fixture(params=list(DTYPES))
 def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(params=["lifo", *(["gpu"] if GPU in SCHEDULES else [])])
+def one(request: pytest.FixtureRequest) -> Machine:
+    """One schedule, for what takes long; and the GPU."""
+    return Gpu() if request.param == "gpu" else Machine(EmulatedLoader(request.param))

@@ -96,12 +96,16 @@ def gpu_is_there() -> bool:
     return bool(cupy.cuda.is_available())
 
 
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+class DeviceArray(np.ndarray):
+    """An array of the emulated device: launchers refuse the host's, as they do on a GPU."""
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
     """Uninitialised, at a multiple of 256 bytes, as a GPU's allocator gives it."""
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(size + 256, np.uint8)
     start = -raw.ctypes.data % 256
-    return raw[start : start + size].view(dtype).reshape(shape)
+    return raw[start : start + size].view(dtype).reshape(shape).view(DeviceArray)
 
 
 def normal(dtype: Any, *shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:

@@ -8,7 +8,6 @@ import pytest
 from gpu_microgpt.arena import array_bytes
 from gpu_microgpt.ops.cuda.adamw import adamw_scratch
 from tests.cuda.machine import Machine, assert_twice_plain, bf16, normal, twice, wide
-from tests.cuda_on_cpu.loader import EmulatedLoader
 from tests.op_cases import planned_ops
 
 SIZES = [1, 7, 31, 33, 1024, 20_003]  # the last is more than 6 blocks take at once
@@ -85,15 +84,14 @@ def test_small(machine):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("clip", [1.0, 0.3])
 @pytest.mark.parametrize("size", SIZES)
-def test_update_is_the_formula(size, clip, weight_decay):
-    machine = Machine(EmulatedLoader("lifo"))
-    check(machine, size, clip, weight_decay)
-    check(machine, size, clip, weight_decay, np.float32)
+def test_update_is_the_formula(one, size, clip, weight_decay):
+    check(one, size, clip, weight_decay)
+    check(one, size, clip, weight_decay, np.float32)
 
 
 @pytest.mark.parametrize("size", [*SIZES, 50_001])
-def test_norm_is_the_root_of_the_squares(size):
-    check_norm(Machine(EmulatedLoader("lifo")), size)
+def test_norm_is_the_root_of_the_squares(one, size):
+    check_norm(one, size)
 
 
 CLIPS = [(4.0, 0.5), (2.0, 1.0), (1.0, 1.0), (0.0, 1.0), (np.inf, 0.0), (np.nan, 1.0)]

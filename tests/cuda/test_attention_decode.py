@@ -107,8 +107,8 @@ def test_small(machine):
 
 
 @pytest.mark.parametrize("head_dim", [4, 12, 64, 128])
-def test_cache_keeps_rows_at_their_places(dtype, head_dim):
-    check_cache(Machine(EmulatedLoader("lifo")), dtype, 5, head_dim)
+def test_cache_keeps_rows_at_their_places(one, dtype, head_dim):
+    check_cache(one, dtype, 5, head_dim)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,9 @@ def test_lengths(dtype, head_dim):
 
 
 @pytest.mark.parametrize("lengths", [[4095], [2000, 0, 129], [-1, 128, 127]], ids=str)
-def test_long_caches_are_split(dtype, lengths):
+def test_long_caches_are_split(one, dtype, lengths):
     case = Case.of(dtype, lengths, 1, 4096, 64)
-    check(Machine(EmulatedLoader("lifo")), case, kernels=2)
+    check(one, case, kernels=2)
 
 
 def test_plans():

@@ -99,23 +99,22 @@ def test_small(machine):
         ("bfloat16", 128, WIDE),
     ],
 )
-def test_lengths(dtype, head_dim, multiprocessors):
-    machine, long = Machine(EmulatedLoader("lifo")), 300 if head_dim < 32 else 150
+def test_lengths(one, dtype, head_dim, multiprocessors):
+    machine, long = one, 300 if head_dim < 32 else 150
     for lengths in [1], [1, 1, 1], [17], [0, 33], [1, 2, 2, 7, 31, 33], [255], [long]:
         case = Case.of(dtype, lengths, 2, head_dim, padding=len(lengths))
         check(machine, case, multiprocessors)
 
 
 @pytest.mark.parametrize(("dtype", "multiprocessors"), [("float32", WIDE), ("bfloat16", FULL)])
-def test_large_scores(dtype, multiprocessors):
+def test_large_scores(one, dtype, multiprocessors):
     case = Case.of(dtype, [40, 7, 1], 3, 8, padding=2, scale=10.0)
-    check(Machine(EmulatedLoader("random")), case, multiprocessors)
+    check(one, case, multiprocessors)
 
 
-def test_longest_is_a_bound(dtype):
-    machine = Machine(EmulatedLoader("lifo"))
+def test_longest_is_a_bound(one, dtype):
     for longest in 16, 64, 300:
-        check(machine, Case.of(dtype, [9, 0, 1], 2, 8, padding=3), FULL, longest)
+        check(one, Case.of(dtype, [9, 0, 1], 2, 8, padding=3), FULL, longest)
 
 
 def test_public_operations(machine, dtype):

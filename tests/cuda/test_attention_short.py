@@ -8,8 +8,6 @@ import pytest
 from gpu_microgpt.ops.cuda import attention_short
 from tests.cuda.attention_cases import Case, attend, attend_backward, exact, rounded
 from tests.cuda.machine import Machine, assert_twice_plain, normal, twice
-from tests.cuda_on_cpu.build import SANITIZER
-from tests.cuda_on_cpu.loader import EmulatedLoader
 
 # Lengths around a tile of 16 rows, around a warp's two tiles, and all lengths of a full block.
 CASES = [
@@ -75,40 +73,40 @@ def test_equals_the_formulas(machine, case):
 
 
 @pytest.mark.parametrize("case", LONG_CASES, ids=str)
-def test_equals_the_formulas_for_long_sequences(case):
+def test_equals_the_formulas_for_long_sequences(one, case):
     lengths, n_head, head_dim, padding = case
-    check(one_machine(), Case.of("bfloat16", lengths, n_head, head_dim, padding))
+    check(one, Case.of("bfloat16", lengths, n_head, head_dim, padding))
 
 
 @pytest.mark.parametrize("scale", [30, 1e-3])
-def test_large_and_tiny_scores(scale):
-    check(one_machine(), Case.of("bfloat16", [70, 31], 1, 32, scale=scale))
+def test_large_and_tiny_scores(one, scale):
+    check(one, Case.of("bfloat16", [70, 31], 1, 32, scale=scale))
 
 
-def test_scores_that_rise_with_the_key():
+def test_scores_that_rise_with_the_key(one):
     """Every tile of keys is above what the exponents were relative to before."""
     case = Case.of("bfloat16", [112], 1, 16)
     qkv = case.qkv.reshape(-1, 3, 16)
     qkv[:, 0], qkv[:, 1] = 4, (np.arange(112) / 8)[:, None]
-    check(one_machine(), case)
+    check(one, case)
 
 
-def test_no_row_sees_a_later_one():
+def test_no_row_sees_a_later_one(one):
     case = Case.of("bfloat16", [60], 1, 32)
-    before = run(one_machine(), case)[:2]
+    before = run(one, case)[:2]
     for row in (15, 16, 40):
         qkv = case.qkv.copy()
         qkv[row:] = normal(case.dtype, 60 - row, qkv.shape[1], seed=2, scale=5)
-        changed = run(one_machine(), replace(case, qkv=qkv))[:2]
+        changed = run(one, replace(case, qkv=qkv))[:2]
         for old, new in zip(before, changed, strict=True):
             assert old[:row].tobytes() == new[:row].tobytes()
             assert (old[row:] != new[row:]).any(1).all()
 
 
-def test_longest_is_a_bound():
+def test_longest_is_a_bound(one):
     """The host may know less than the device: larger blocks than any sequence needs."""
     case = Case.of("bfloat16", [40, 3], 1, 16)
-    machine = one_machine()
+    machine = one
     ops, offsets = machine.ops(case.dtype), case.layout(machine).offsets
     want = run(machine, case)
     qkv, dy = machine.array(case.qkv), machine.array(case.dy)
@@ -120,9 +118,9 @@ def test_longest_is_a_bound():
         assert got.tobytes() == wanted.tobytes()
 
 
-def test_what_fits():
+def test_what_fits(one):
     def fits(arch: str, direction: str, head_dim: int, longest: int) -> bool:
-        ops = one_machine().on(arch).ops("bfloat16")
+        ops = one.on(arch).ops("bfloat16")
         return attention_short.fits(ops, direction, head_dim, longest)
 
     for direction in ("forward", "backward"):
@@ -133,7 +131,3 @@ def test_what_fits():
         assert not fits("sm_86", direction, 128, 256)
     assert fits("sm_80", "forward", 128, 256)
     assert not fits("sm_80", "backward", 128, 256)
-
-
-def one_machine() -> Machine:
-    return Machine(EmulatedLoader("lifo" if not SANITIZER else "fifo"))

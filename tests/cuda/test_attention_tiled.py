@@ -10,15 +10,8 @@ import pytest
 from gpu_microgpt.ops.cuda import attention_tiled
 from tests.cuda.attention_cases import Case, attend, attend_backward, exact, rounded
 from tests.cuda.machine import Machine, assert_twice_plain, twice, wide
-from tests.cuda_on_cpu.loader import EmulatedLoader
 
 DIMS = [16, 32, 64, 128]
-
-
-@pytest.fixture
-def one():
-    """One schedule, for what takes long."""
-    return Machine(EmulatedLoader("lifo"))
 
 
 def launch(machine: Machine, case: Case, offsets: list[int] | None = None) -> tuple:

@@ -10,7 +10,6 @@ from gpu_microgpt.config import Config
 from gpu_microgpt.data import Corpus, Dataset
 from gpu_microgpt.ops.cuda.batch import DeviceSplit
 from tests.cuda.machine import Machine, bf16
-from tests.cuda_on_cpu.loader import EmulatedLoader
 from tests.run_helpers import words
 
 FAR = 4_000_000_000  # epochs: as far as they are counted in 32 bits
@@ -81,54 +80,48 @@ def test_small(machine):
 @pytest.mark.parametrize("order", ["epochs", "random"])
 @pytest.mark.parametrize("mode", ["documents", "stream"])
 @pytest.mark.parametrize("samples", [1, 2, 3, 4, 5, 33, 1000])
-def test_equals_the_host(samples, mode, order):
+def test_equals_the_host(one, samples, mode, order):
     """Batches across epochs, batches of many epochs, and both ways to compute a shuffle."""
-    machine = Machine(EmulatedLoader("lifo"))
     for batch_size, seed in zip((4, 7), SEEDS, strict=True):
         split = split_of(mode, samples, batch_size=batch_size, order=order, seed=seed)
         last = samples // batch_size  # the batch that crosses into the second epoch
         far = FAR * samples // batch_size
-        check(machine, split, sorted({0, 1, last, last + 1, 2 * last + 1, far}))
+        check(one, split, sorted({0, 1, last, last + 1, 2 * last + 1, far}))
 
 
 @pytest.mark.parametrize("mode", ["documents", "stream"])
-def test_more_samples_than_the_table_is_made_for(mode):
+def test_more_samples_than_the_table_is_made_for(one, mode):
     """Past 4^9 samples the round function is not tabulated."""
-    machine = Machine(EmulatedLoader("random", 3))
     split = split_of("stream", 4**9 + 1, batch_size=6, block_size=1)
     if mode == "documents":  # as many documents, each of a length of its own choice
         split.windows = False
         split.lengths = 1 + np.arange(split.samples) % 3
         split.starts = np.minimum(split.starts, len(split.flat) - 4)
         split.config = split_of("documents", 1, batch_size=6, block_size=3).config
-    check(machine, split, (0, split.samples // 6, FAR * split.samples // 6))
+    check(one, split, (0, split.samples // 6, FAR * split.samples // 6))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 511, 600, 1100])
-def test_any_batch_size(batch_size):
+def test_any_batch_size(one, batch_size):
     """Also more sequences than threads, and a sort padded to a power of two."""
-    machine = Machine(EmulatedLoader("random", 1))
     for order in ("epochs", "random"):
-        check(machine, split_of("documents", 1000, batch_size=batch_size, order=order), (3,))
+        check(one, split_of("documents", 1000, batch_size=batch_size, order=order), (3,))
 
 
-def test_micro_batches():
-    machine = Machine(EmulatedLoader("lifo"))
+def test_micro_batches(one):
     split = split_of("documents", 33, batch_size=5, grad_accum=3)
-    check(machine, split, range(9), bf16)
+    check(one, split, range(9), bf16)
 
 
-def test_the_order_of_microgpt():
-    machine = Machine(EmulatedLoader("lifo"))
+def test_the_order_of_microgpt(one):
     for batch_size in (1, 4, 70):
         split = split_of("documents", 33, rng="microgpt", batch_size=batch_size)
-        check(machine, split, (0, 8, 33, 1000))
+        check(one, split, (0, 8, 33, 1000))
 
 
 @pytest.mark.parametrize("block_size", [1, 31, 300])
-def test_any_context(block_size):
-    machine = Machine(EmulatedLoader("lifo"))
-    check(machine, split_of("stream", 33, block_size=block_size), (0, 8))
+def test_any_context(one, block_size):
+    check(one, split_of("stream", 33, block_size=block_size), (0, 8))
 
 
 def test_wrong_arguments_are_named(machine):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tests.cuda.machine import DTYPES, Machine, assert_twice_plain, normal, twice, wide
-from tests.cuda_on_cpu.loader import EmulatedLoader
 
 launcher = import_module("gpu_microgpt.ops.cuda.cross_entropy")  # not the function
 
@@ -111,14 +110,14 @@ def test_small(machine):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_is_the_formula(dtype, shape):
-    check(Machine(EmulatedLoader("lifo")), dtype, *shape)
+def test_is_the_formula(one, dtype, shape):
+    check(one, dtype, *shape)
 
 
 @pytest.mark.parametrize("shift", [1000.0, -1000.0])  # exp of either would overflow or vanish
 @pytest.mark.parametrize("vocab", [27, 2000])
-def test_large_logits(dtype, vocab, shift):
-    check(Machine(EmulatedLoader("lifo")), dtype, 4, vocab, 0, shift)
+def test_large_logits(one, dtype, vocab, shift):
+    check(one, dtype, 4, vocab, 0, shift)
 
 
 # (device, vocab, padding, backward kernel of float32, of bfloat16)
@@ -136,9 +135,9 @@ CHOICES = [
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_which_kernel(dtype, choice):
+def test_which_kernel(one, dtype, choice):
     arch, vocab, padding, *names = choice
-    machine = Machine(EmulatedLoader("lifo")).on(arch)
+    machine = one.on(arch)
     check(machine, dtype, 2, vocab, padding)
     launched = {name for name in machine.loader.launched if name.startswith(BACKWARD)}
     assert launched == {BACKWARD + names[dtype == "bfloat16"]}
@@ -195,8 +194,8 @@ def test_impossible_tokens(machine, dtype, vocab):
 
 
 @pytest.mark.parametrize("size", [1, 7, 4096, 100_003])
-def test_losses_are_added_up_in_float64(size):
-    check_losses(Machine(EmulatedLoader("lifo")), size)
+def test_losses_are_added_up_in_float64(one, size):
+    check_losses(one, size)
 
 
 def test_wrong_arguments_are_named(machine):

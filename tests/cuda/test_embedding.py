@@ -9,7 +9,6 @@ import pytest
 from gpu_microgpt.arena import array_bytes
 from gpu_microgpt.ops.cuda import CudaOps
 from tests.cuda.machine import DTYPES, Machine, assert_twice_plain, normal, twice, wide
-from tests.cuda_on_cpu.loader import EmulatedLoader
 
 launcher = import_module("gpu_microgpt.ops.cuda.embedding")  # not the function of this name
 
@@ -116,9 +115,9 @@ def test_backward_sums_each_ids_rows(machine, dtype, rows, channels, vocab, bloc
     check_backward(machine, dtype, rows, channels, vocab, block_size)
 
 
-def test_wide_rows(dtype):
+def test_wide_rows(one, dtype):
     """More packs than a block has threads."""
-    check_backward(Machine(EmulatedLoader("lifo")), dtype, 40, 2064, 4, 3)
+    check_backward(one, dtype, 40, 2064, 4, 3)
 
 
 @pytest.mark.parametrize("slices", [1, 60])

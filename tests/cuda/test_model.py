@@ -38,7 +38,7 @@ def memory_with_kernels(dims: Dims, rows: int, machine: Machine, training: bool 
     memory = Activations(dims, rows, backend, training)
     planned = workspace_bytes(dims, rows, machine.device, 4, 0 if training else 1)
     size = max(planned, 16 * dims.n_embd**2)  # of NumPy's products: the largest gradient
-    scratch = machine.blank(size, np.uint8)
+    scratch = np.full(size, 0xFF, np.uint8)  # beside the model's own arrays, which are NumPy's
     memory.ops = WholeOps(np.float32, machine.device, machine.loader, scratch)
     return memory
 

@@ -69,8 +69,7 @@ def test_nan_stays_nan(machine, dtype):
     assert np.array_equal(np.isnan(wide(machine.host(y))), np.isnan(wide(x)))
 
 
-def test_arrays_of_another_place_are_refused(machine):
+def test_arrays_of_the_host_are_refused(machine):
     x = machine.blank((4, 8), np.float32)
-    elsewhere = np.ma.zeros((4, 8), np.float32)  # neither NumPy's own array nor CuPy's
-    with pytest.raises(ValueError, match=r"relu: y: got numpy.MaskedArray, wanted \w+.ndarray"):
-        machine.ops(np.float32).relu(elsewhere, x)
+    with pytest.raises(ValueError, match=r"relu: y: got numpy.ndarray, wanted .*, on the device"):
+        machine.ops(np.float32).relu(np.zeros((4, 8), np.float32), x)

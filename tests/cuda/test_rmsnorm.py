@@ -5,7 +5,6 @@ import pytest
 
 from gpu_microgpt.ops.cuda import CudaOps
 from tests.cuda.machine import DTYPES, Machine, assert_twice_plain, normal, twice, wide
-from tests.cuda_on_cpu.loader import EmulatedLoader
 
 # a warp a row: single numbers, then packs, each but partly used, up to 256, 512, 768, 1024 channels
 WARP_SHAPES = [(1, 1), (7, 7), (9, 33), (33, 8), (5, 136), (3, 264), (3, 768), (2, 1023), (2, 776)]
@@ -143,8 +142,8 @@ def test_a_warp_a_row(machine, dtype, rows, channels):
 
 
 @pytest.mark.parametrize(("rows", "channels"), BLOCK_SHAPES)
-def test_a_block_a_row(dtype, rows, channels):
-    check(Machine(EmulatedLoader("lifo")), dtype, rows, channels)
+def test_a_block_a_row(one, dtype, rows, channels):
+    check(one, dtype, rows, channels)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-4, 1e4])  # eps alone, mostly eps, no eps to speak of

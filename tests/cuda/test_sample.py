@@ -5,7 +5,6 @@ import pytest
 
 from gpu_microgpt.rng import Stream, uniform
 from tests.cuda.machine import DTYPES, Machine, normal
-from tests.cuda_on_cpu.loader import EmulatedLoader
 from tests.op_cases import planned_ops
 
 NEAR = 1e-6  # of a boundary: where float32 weights may fall on either side
@@ -103,25 +102,22 @@ def test_small(machine):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("vocab", [3, 27, 66, 1000])
-def test_equals_the_reference(dtype, vocab, settings):
-    machine = Machine(EmulatedLoader("lifo"))
+def test_equals_the_reference(one, dtype, vocab, settings):
     logits = normal(DTYPES[dtype], 40, vocab, scale=2.0)
-    check(machine, logits, settings, wanted=35)
+    check(one, logits, settings, wanted=35)
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.999}], ids=str)
-def test_a_large_vocabulary(dtype, settings):
-    machine = Machine(EmulatedLoader("random", 1))
-    check(machine, normal(DTYPES[dtype], 6, 50257, scale=2.5), settings, wanted=3)
+def test_a_large_vocabulary(one, dtype, settings):
+    check(one, normal(DTYPES[dtype], 6, 50257, scale=2.5), settings, wanted=3)
 
 
-def test_the_largest_vocabulary(dtype):
+def test_the_largest_vocabulary(one, dtype):
     """Sums of 65,536 equal weights fit, and each is drawn at its place."""
-    machine = Machine(EmulatedLoader("lifo"))
     logits = np.zeros((3, 65536), DTYPES[dtype])
     uniforms = (np.array([0, 40_000, 65_535]) + 0.5) / 65_536
-    assert draws(machine, logits, uniforms) == [0, 40_000, 65_535]
-    assert draws(machine, logits[:1], uniforms[2:], top_p=0.5) == [32_767]
+    assert draws(one, logits, uniforms) == [0, 40_000, 65_535]
+    assert draws(one, logits[:1], uniforms[2:], top_p=0.5) == [32_767]
 
 
 def test_rows_further_apart(machine, dtype):
@@ -166,21 +162,19 @@ def test_a_low_temperature_is_greedy(machine, dtype):
         assert draws(machine, logits, np.array([0.999]), temperature=temperature) == [1]
 
 
-def test_rows_without_a_distribution_give_some_token(dtype):
+def test_rows_without_a_distribution_give_some_token(one, dtype):
     """A model that has diverged: an id of the vocabulary all the same."""
-    machine = Machine(EmulatedLoader("lifo"))
     logits = np.zeros((5, 40), DTYPES[dtype])
     logits[0], logits[1, 7], logits[2] = -np.inf, np.inf, np.nan
     logits[3, ::2], logits[4, ::2] = np.nan, -np.nan
     for settings in SETTINGS:
-        tokens = draws(machine, logits, np.full(5, 0.7), **settings)
+        tokens = draws(one, logits, np.full(5, 0.7), **settings)
         assert all(0 <= token < 40 for token in tokens), settings
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
-def test_philox_equals_the_reference(seed):
+def test_philox_equals_the_reference(one, seed):
     """Each row has the draw of its own text and position."""
-    machine = Machine(EmulatedLoader("lifo"))
     numbers = np.array([0, 1, 1, 0, 31, 2**31 - 1, 5, 6], np.int32)
     positions = np.array([0, 0, 1, 255, 256, 9, 2**31 - 1, 1], np.int32)
     logits = normal(np.float32, 8, 1000)
@@ -188,12 +182,10 @@ def test_philox_equals_the_reference(seed):
     planned_ops("float32", 8, vocab=1000).sample_philox(
         wanted, logits.copy(), seed, numbers, positions, 0.9, 100, 0.95
     )
-    tokens = machine.blank(8, np.int32)
-    given = [machine.array(a) for a in (numbers, positions)]
-    machine.ops(np.float32).sample_philox(
-        tokens, machine.array(logits), seed, *given, 0.9, 100, 0.95
-    )
-    assert machine.host(tokens).tolist() == wanted.tolist()
+    tokens = one.blank(8, np.int32)
+    given = [one.array(a) for a in (numbers, positions)]
+    one.ops(np.float32).sample_philox(tokens, one.array(logits), seed, *given, 0.9, 100, 0.95)
+    assert one.host(tokens).tolist() == wanted.tolist()
     assert len(set(wanted.tolist())) > 4
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tests.cuda.machine import DTYPES, Machine, assert_twice_plain, normal, twice, wide
-from tests.cuda_on_cpu.loader import EmulatedLoader
 
 launcher = import_module("gpu_microgpt.ops.cuda.softmax")  # not the function of this name
 
@@ -83,13 +82,13 @@ def test_small(machine):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_is_the_formula(dtype, shape):
-    check(Machine(EmulatedLoader("lifo")), dtype, *shape)
+def test_is_the_formula(one, dtype, shape):
+    check(one, dtype, *shape)
 
 
 @pytest.mark.parametrize("shift", [1e4, -1e4])  # exp of either would overflow or vanish
-def test_large_numbers(dtype, shift):
-    check(Machine(EmulatedLoader("lifo")), dtype, 5, 40, 0, shift)
+def test_large_numbers(one, dtype, shift):
+    check(one, dtype, 5, 40, 0, shift)
 
 
 def test_more_rows_than_warps(machine):
