@@ -74,7 +74,8 @@ class Gpu(Machine):
     def blank(self, shape: tuple[int, ...] | int, dtype: Any) -> Any:
         """An output filled with NaN (0xFF bytes)."""
         out = self._empty((shape,) if isinstance(shape, int) else shape, np.dtype(dtype))
-        out.data.memset(0xFF, out.nbytes)
+        if out.nbytes:
+            out.data.memset(0xFF, out.nbytes)
         return out
 
     def on(self, arch: str) -> Machine:
