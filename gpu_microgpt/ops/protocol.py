@@ -1,11 +1,13 @@
 """Every operation with its shapes and formula: the contents page of `ops/`.
 
 Outputs come first and are written in place; nothing large is allocated. Letters: N rows (positions
-of all sequences, one after another, none of them padding), C channels, H heads, D = C / H, V
-tokens, F an inner width, S sequences, P parameters. Weights are (out, in). Floating-point arrays
-are all of one dtype; ids are int32. A gradient named dX has the shape of X; `dy` is always the
-upstream gradient. Results overwrite, but for operations named `_add`, and but for the gradients of
-weights where `add` is true: then they are added to those of the micro-batches before.
+of all sequences, one after another; on a GPU some of no sequence may follow), C channels, H heads,
+D = C / H, V tokens, F an inner width, S sequences, P parameters. Weights are (out, in).
+Floating-point arrays are all of one dtype, unless said; with bfloat16 on a GPU, statistics (rstd,
+lse), losses, weights' gradients, params, m and v stay float32. ids are int32. A gradient named dX
+has the shape of X; `dy` is always the upstream gradient. Results overwrite, but for operations
+named `_add`, and but for the gradients of weights where `add` is true: then they are added to those
+of the micro-batches before.
 """
 
 from __future__ import annotations
