@@ -33,6 +33,15 @@ def normal(dtype: str, *shape: int, seed: int = 0, scale: float = 1.0) -> np.nda
     return draws.astype(np.float32).astype(dtype)
 
 
+def some_targets(rows: int, vocab: int) -> np.ndarray:
+    """Every third row is ignored; the first and the last token are among the targets."""
+    targets = np.random.default_rng(rows).integers(0, vocab, rows, np.int32)
+    targets[1:2] = 0
+    targets[0] = vocab - 1
+    targets[2::3] = -1
+    return targets
+
+
 def blank(dtype: str, *shape: int, fill: float = np.nan) -> np.ndarray:
     """An output full of NaN (or `fill`), cut out of a taller array of NaN."""
     taller = np.full((shape[0] + 2 * GUARD, *shape[1:]), np.nan, dtype)

@@ -8,24 +8,16 @@ import numpy as np
 import pytest
 
 from tests.cuda.machine import DTYPES, Machine, assert_twice_plain, normal, twice, wide
+from tests.op_cases import some_targets
 
 launcher = import_module("gpu_microgpt.ops.cuda.cross_entropy")  # not the function
 
 # (rows, vocab, padding): rows 16-byte aligned or not, of a warp, a block, or kept by a block
 SHAPES = [
     (1, 3, 0), (5, 3, 5), (33, 27, 0), (5, 64, 0), (7, 66, 62), (4, 1000, 24),
-    (3, 1025, 0), (3, 1027, 5), (4, 2048, 0),
+    (3, 1025, 0), (3, 1027, 5), (4, 2048, 0), (2, 50257, 0), (2, 50257, 47),
 ]  # fmt: skip
 BACKWARD = "cross_entropy_backward_"
-
-
-def some_targets(rows: int, vocab: int) -> np.ndarray:
-    """Every third row is ignored; the first and the last token are among the targets."""
-    targets = np.random.default_rng(rows).integers(0, vocab, rows, np.int32)
-    targets[1:2] = 0
-    targets[0] = vocab - 1
-    targets[2::3] = -1
-    return targets
 
 
 def formula(logits: np.ndarray, targets: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:

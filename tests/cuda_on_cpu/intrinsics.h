@@ -16,7 +16,6 @@ inline void named_bar_arrive(int id, int threads, EMU_LINE) {
     emu::named_barrier("named_bar_arrive", id, threads, line, false);
 }
 inline void __nanosleep(unsigned) { emu::yield(); }
-[[noreturn]] inline void __trap() { emu::fail("__trap()"); }
 
 // ------------------------------------------------------------------------------- shuffles, votes
 template <class T>
@@ -44,20 +43,6 @@ inline int __any_sync(unsigned mask, int p, EMU_LINE) {
 inline int __all_sync(unsigned mask, int p, EMU_LINE) {
     return static_cast<int>(emu::vote("__all_sync", line, emu::ALL, mask, p != 0));
 }
-template <class T> inline T __reduce_add_sync(unsigned mask, T v, EMU_LINE) {
-    const uint32_t word = static_cast<uint32_t>(v);
-    return static_cast<T>(emu::vote("__reduce_add_sync", line, emu::ADD, mask, word));
-}
-template <class T> inline T __reduce_max_sync(unsigned mask, T v, EMU_LINE) {
-    const uint32_t word = static_cast<uint32_t>(v);
-    const int kind = std::is_signed<T>::value ? emu::MAX : emu::UMAX;
-    return static_cast<T>(emu::vote("__reduce_max_sync", line, kind, mask, word));
-}
-template <class T> inline T __reduce_min_sync(unsigned mask, T v, EMU_LINE) {
-    const uint32_t word = static_cast<uint32_t>(v);
-    const int kind = std::is_signed<T>::value ? emu::MIN : emu::UMIN;
-    return static_cast<T>(emu::vote("__reduce_min_sync", line, kind, mask, word));
-}
 
 // ------------------------------------------------------------ asynchronous copies, tensor cores
 inline void cp_async_16(void* to, const void* from, int bytes, EMU_LINE) {
@@ -79,51 +64,21 @@ inline void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, EMU_LIN
 }
 
 // ------------------------------------------------------------------------------ memory, atomics
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline unsigned ld_acquire(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 inline unsigned atomic_add_acq_rel(unsigned* p, unsigned v) {
     return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
 }
-template <class T, class F> inline T emu_atomic(T* p, F next) {
+template <class T> inline T atomicAdd(T* p, std::common_type_t<T> v) {
     T old, now;
     __atomic_load(p, &old, __ATOMIC_RELAXED);
-    do now = next(old);
+    do now = static_cast<T>(old + v);
     while (!__atomic_compare_exchange(p, &old, &now, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     return old;
 }
-template <class T> inline T atomicAdd(T* p, std::common_type_t<T> v) {
-    return emu_atomic(p, [v](T a) { return static_cast<T>(a + v); });
-}
-template <class T> inline T atomicMax(T* p, std::common_type_t<T> v) {
-    return emu_atomic(p, [v](T a) { return a > v ? a : v; });
-}
-template <class T> inline T atomicMin(T* p, std::common_type_t<T> v) {
-    return emu_atomic(p, [v](T a) { return a < v ? a : v; });
-}
-template <class T> inline T atomicExch(T* p, std::common_type_t<T> v) {
-    return emu_atomic(p, [v](T) { return v; });
-}
-template <class T>
-inline T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> v) {
-    return emu_atomic(p, [=](T a) { return a == expected ? v : a; });
-}
-template <class T> inline T __ldg(const T* p) { return *p; }
-template <class T> inline T __ldcg(const T* p) { return *p; }
-template <class T> inline T __ldcs(const T* p) { return *p; }
-template <class T> inline void __stcs(T* p, T v) { *p = v; }
 
 // ----------------------------------------------------------------------------------------- maths
 template <class A, class B> inline std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 template <class A, class B> inline std::common_type_t<A, B> max(A a, B b) { return a < b ? b : a; }
-inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
-inline float __sinf(float x) { return sinf(x); }
-inline float __cosf(float x) { return cosf(x); }
-inline float __powf(float x, float y) { return powf(x, y); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float a) { return 1.0f / a; }
-inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 template <class To, class From> inline To emu_bits(From x) {
     static_assert(sizeof(To) == sizeof(From), "the same bits");
@@ -131,7 +86,6 @@ template <class To, class From> inline To emu_bits(From x) {
     memcpy(&r, &x, sizeof r);
     return r;
 }
-inline int __float_as_int(float x) { return emu_bits<int>(x); }
 inline unsigned __float_as_uint(float x) { return emu_bits<unsigned>(x); }
 inline float __int_as_float(int x) { return emu_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return emu_bits<float>(x); }

@@ -90,27 +90,13 @@ EMU_OWN inline T shuffle(const char* op, int line, Shuffle kind, uint32_t mask, 
     return v;
 }
 
-enum Vote { BALLOT, ANY, ALL, ADD, MAX, MIN, UMAX, UMIN };
+enum Vote { BALLOT, ANY, ALL };
 
-EMU_OWN inline uint32_t combine(int kind, uint32_t a, uint32_t b) {
-    const int x = static_cast<int>(a), y = static_cast<int>(b);
-    switch (kind) {
-        case ADD: return a + b;
-        case MAX: return x > y ? a : b;
-        case MIN: return x < y ? a : b;
-        case UMAX: return a > b ? a : b;
-        default: return a < b ? a : b;
-    }
-}
 EMU_OWN inline void vote_lanes(Warp& w, uint32_t mask, const void* how) {
     const int kind = *static_cast<const int*>(how);
-    const int first = __builtin_ctz(mask);
-    uint32_t r = kind <= ALL ? 0 : w.in[first][0];
-    for (int l = 0; l < WARP; l++) {
-        if (!(mask >> l & 1)) continue;
-        if (kind <= ALL) r |= static_cast<uint32_t>(w.in[l][0] != 0) << l;
-        else if (l > first) r = combine(kind, r, w.in[l][0]);
-    }
+    uint32_t r = 0;
+    for (int l = 0; l < WARP; l++)
+        if (mask >> l & 1) r |= static_cast<uint32_t>(w.in[l][0] != 0) << l;
     if (kind == ANY) r = r != 0;
     if (kind == ALL) r = r == mask;
     for (int l = 0; l < WARP; l++) w.out[l][0] = r;

@@ -4,18 +4,9 @@ import numpy as np
 import pytest
 
 from tests.gradcheck import check_gradients
-from tests.op_cases import assert_close, blank, normal, planned_ops, twice
+from tests.op_cases import assert_close, blank, normal, planned_ops, some_targets, twice
 
 SHAPES = [(1, 1), (1, 3), (31, 33), (130, 5000)]  # the last is cut into blocks of rows
-
-
-def some_targets(rows: int, vocab: int) -> np.ndarray:
-    """Every third row is ignored; the first and the last token are among the targets."""
-    targets = np.random.default_rng(rows).integers(0, vocab, rows, np.int32)
-    targets[1:2] = 0
-    targets[0] = vocab - 1
-    targets[2::3] = -1
-    return targets
 
 
 def reference(logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
