@@ -7,10 +7,15 @@ import math
 from .config import ScheduleConfig
 
 
+def warmup_steps(schedule: ScheduleConfig, total_steps: int) -> int:
+    """Steps w over which the rate rises to its peak."""
+    return round(schedule.warmup_fraction * total_steps)
+
+
 def learning_rate(schedule: ScheduleConfig, lr: float, step: int, total_steps: int) -> float:
     """Learning rate of step `step`, 0 <= step < total_steps, for the peak rate `lr`.
 
-    With w = round(warmup_fraction * total_steps) steps of warm-up:
+    With w steps of warm-up:
 
         step <  w:  lr * (step + 1) / w
         step >= w:  min_lr + (lr - min_lr) * decay(p),  p = (step - w) / (total_steps - w)
@@ -19,7 +24,7 @@ def learning_rate(schedule: ScheduleConfig, lr: float, step: int, total_steps: i
         linear:     decay(p) = 1 - p                    (microgpt.py's, at w = 0 and min_lr = 0)
         cosine:     decay(p) = (1 + cos(pi p)) / 2      (Loshchilov & Hutter, 2017)
     """
-    warmup = round(schedule.warmup_fraction * total_steps)
+    warmup = warmup_steps(schedule, total_steps)
     if step < warmup:
         return lr * (step + 1) / warmup
     if schedule.name == "constant":

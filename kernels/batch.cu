@@ -9,12 +9,13 @@
 // shortest first, of equals the earlier first. A sample is a window (lengths null: block_size rows
 // from item * block_size on, or at random from item on) or a document (starts, lengths).
 //   out: sources (B,) int64, where each begins in the text; offsets (B + 1,) int32; count (1,)
-//   int32 = rows = targets; scale (1,) float32 = 1 / count.
+//   int32 = rows = targets.
 //   in: counter (1,) int64; starts int64, lengths, table int32, a number each for a sample.
 //   One block, a thread a sample. Dynamic shared memory: for documents, 8 bytes for each of B
 //   rounded up to a power of two. Limits: B <= 4096, block_size < 2^20, fewer than 2^31 samples.
 // batch_gather: their rows. tokens[row] = flat[source + t], targets[row] = flat[source + t + 1],
 //   positions[row] = t, all (capacity,) int32; flat uint16. Rows from offsets[B] on: 0, -1, 0.
+//   Of an empty sequence (equal offsets) nothing is read.
 //   grid (sequences, parts of one): a thread a row, and its share of the padding. Any grid, block.
 //
 // Bytes: 16 a row (4 read); far less than the launches cost. The same bits every time.
@@ -120,7 +121,7 @@ __device__ __forceinline__ void sort(uint64_t* keys, int padded) {
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1)
-    batch_order(int64_t* sources, int* offsets, int* count, float* scale, const int64_t* counter,
+    batch_order(int64_t* sources, int* offsets, int* count, const int64_t* counter,
                 const int64_t* starts, const int* lengths, const int* table, int batch_size,
                 int block_size, int64_t choices, int half, uint32_t key0, uint32_t key1) {
     DYN_SHARED(uint64_t, keys);  // length << 44 | b << 32 | item: sorted, they carry the item along
@@ -163,7 +164,6 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     if (thread == 0) {
         offsets[0] = 0;
         *count = rows;
-        *scale = static_cast<float>(1.0 / rows);
     }
 }
 

@@ -116,6 +116,36 @@ MUTATIONS = [
         "sum += lane > o ? below : T(0);", file="device.cuh",
     ),
     Mutation(
+        "batch", "a row too many of every sequence",
+        "for (int t = first; t < length; t += step) {",
+        "for (int t = first; t <= length; t += step) {", FLOAT,
+    ),
+    Mutation(
+        "step", "rate of the step after",
+        "learning_rate(step - 1, total,",
+        "learning_rate(step, total,",
+    ),
+    Mutation(
+        "step", "clipped by the norm of the sums",
+        "clip_of(mean_norm, max_norm) / count",
+        "clip_of(*norm, max_norm) / count",
+    ),
+    Mutation(
+        "step", "the second thread goes on",
+        "    if (threadIdx.x) return;\n",
+        "",
+    ),
+    Mutation(
+        "decode", "the token that ends a text is not written",
+        "ended[s] ? -1 : token;",
+        "ended[s] || token == stop ? -1 : token;", FLOAT,
+    ),
+    Mutation(
+        "decode", "rows taken for neighbours",
+        "logits[s * stride + token]",
+        "logits[static_cast<int64_t>(s) * 5 + token]", FLOAT,
+    ),
+    Mutation(
         "sample", "of equal logits one too few",
         "(k == key && i <= id)",
         "(k == key && i < id)", FLOAT,

@@ -8,6 +8,7 @@ import pytest
 
 from gpu_microgpt.config import Config
 from gpu_microgpt.data import Corpus, Dataset
+from gpu_microgpt.data.batch import gather
 from gpu_microgpt.ops.cuda.batch import DeviceSplit
 from tests.cuda.machine import Machine, bf16
 from tests.run_helpers import words
@@ -47,22 +48,38 @@ def check(machine, split, counters, dtype=np.float32):
     accumulated = split.config.train.grad_accum
     for counter in counters:
         out = [machine.blank(n, np.int32) for n in (rows, rows, rows, size + 1, 1)]
-        scale = machine.blank(1, np.float32)
-        device.batch(ops, *out, scale, machine.array(np.array([counter])))
+        device.batch(ops, *out, machine.array(np.array([counter])))
         tokens, targets, positions, offsets, count = map(machine.host, out)
         wanted = split.batch(*divmod(counter, accumulated))
-        real = len(wanted.tokens)
-        where = f"counter {counter}"
+        assert_rows((tokens, targets, positions), wanted, where := f"counter {counter}")
         assert offsets.tolist() == wanted.layout.offsets.tolist(), where
-        for got, want, rest in (
-            (tokens, wanted.tokens, 0),
-            (targets, wanted.targets, -1),
-            (positions, wanted.positions, 0),
-        ):
-            assert np.array_equal(got[:real], want), where
-            assert (got[real:] == rest).all(), where
         assert count.tolist() == [wanted.num_targets], where
-        assert machine.host(scale)[0] == np.float32(1 / wanted.num_targets), where
+
+
+def assert_rows(rows, wanted, where):
+    """tokens, targets and positions are those of the host's batch, and padded."""
+    real = len(wanted.tokens)
+    for got, want, rest in zip(
+        rows, (wanted.tokens, wanted.targets, wanted.positions), (0, -1, 0), strict=True
+    ):
+        assert np.array_equal(got[:real], want), where
+        assert (got[real:] == rest).all(), where
+
+
+def check_gather(machine, split, items):
+    """Samples of one's own choice, in the order given, at most B of them; the others are empty."""
+    device = DeviceSplit.of(split, machine.array)
+    lengths = split.lengths[items]
+    assert (np.diff(lengths) >= 0).all()  # the host's batch is in the same order then
+    wanted = gather(split.flat, split.starts[items], lengths)
+    sources = np.zeros(1 + device.batch_size, np.int64)
+    sources[1 : 1 + len(items)] = split.starts[items]
+    offsets = np.full(2 + device.batch_size, len(wanted.tokens), np.int32)
+    offsets[1 : 2 + len(items)] = wanted.layout.offsets
+    places = [machine.array(a)[1:] for a in (sources, offsets)]  # aligned for one number only
+    out = [machine.blank(device.capacity, np.int32) for _ in range(3)]
+    device.gather(machine.ops(np.float32), *out, *places)
+    assert_rows([machine.host(a) for a in out], wanted, f"items {items}")
 
 
 def small(machine: Machine) -> None:
@@ -71,6 +88,7 @@ def small(machine: Machine) -> None:
         check(machine, split_of(mode, 33, batch_size=5, order="random"), (7,))
     check(machine, split_of("documents", 3, batch_size=10), (1,))
     check(machine, split_of("documents", 11, rng="microgpt"), (2,))
+    check_gather(machine, split_of("documents", 33, batch_size=5), [3, 12])
 
 
 def test_small(machine):
@@ -119,6 +137,35 @@ def test_the_order_of_microgpt(one):
         check(one, split, (0, 8, 33, 1000))
 
 
+@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize("mode", ["documents", "stream"])
+def test_gathers_given_samples(machine, mode, count):
+    """A full batch, and fewer than that."""
+    split = split_of(mode, 33)
+    check_gather(machine, split, np.argsort(split.lengths, kind="stable")[-count:])
+
+
+def test_a_batch_of_nothing_is_padding(machine):
+    split = split_of("documents", 33)
+    split.flat = split.flat[:0]  # not one token is read
+    device = DeviceSplit.of(split, machine.array)
+    out = [machine.blank(device.capacity, np.int32) for _ in range(3)]
+    places = [machine.array(np.zeros(n, t)) for n, t in ((4, np.int64), (5, np.int32))]
+    device.gather(machine.ops(np.float32), *out, *places)
+    for got, rest in zip(out, (0, -1, 0), strict=True):
+        assert (machine.host(got) == rest).all()
+
+
+@pytest.mark.parametrize("batch_size", [4, 70])
+def test_gathers_every_batch_of_an_evaluation(one, batch_size):
+    """The last of which has fewer sequences, and in running text a shorter window."""
+    for mode in ("documents", "stream"):
+        split = split_of(mode, 33, batch_size=batch_size)
+        for first in range(0, len(split.starts), batch_size):
+            items = np.arange(first, min(first + batch_size, len(split.starts)))
+            check_gather(one, split, items[np.argsort(split.lengths[items], kind="stable")])
+
+
 @pytest.mark.parametrize("block_size", [1, 31, 300])
 def test_any_context(one, block_size):
     check(one, split_of("stream", 33, block_size=block_size), (0, 8))
@@ -128,11 +175,14 @@ def test_wrong_arguments_are_named(machine):
     device = DeviceSplit.of(split_of("documents", 33), machine.array)
     ops, blank = machine.ops(np.float32), machine.blank
     rows, one = blank(device.capacity, np.int32), blank(1, np.int32)
-    scale, counter = blank(1, np.float32), machine.array(np.zeros(1, np.int64))
-    edges = blank(5, np.int32)
+    counter, edges = machine.array(np.zeros(1, np.int64)), blank(5, np.int32)
     with pytest.raises(ValueError, match=r"batch: targets: got int32 \(31,\), wanted int32 \(32,"):
-        device.batch(ops, rows, rows[:31], rows, edges, one, scale, counter)
+        device.batch(ops, rows, rows[:31], rows, edges, one, counter)
     with pytest.raises(ValueError, match=r"batch: counter: got int32 \(1,\), wanted int64 \(1,\)"):
-        device.batch(ops, rows, rows, rows, edges, one, scale, one)
+        device.batch(ops, rows, rows, rows, edges, one, one)
+    with pytest.raises(ValueError, match=r"batch: offsets: got int32 \(4,\), wanted int32 \(5,\)"):
+        device.batch(ops, rows, rows, rows, edges[:4], one, counter)
+    with pytest.raises(ValueError, match=r"batch: sources: got int64 \(1,\), wanted int64 \(4,\)"):
+        device.gather(ops, rows, rows, rows, counter, edges)
     with pytest.raises(ValueError, match="batch: batch_size: got 4097, wanted less than 4097"):
         DeviceSplit.of(split_of("documents", 33, batch_size=4097), machine.array)

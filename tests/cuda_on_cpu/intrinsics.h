@@ -80,6 +80,8 @@ template <class T> inline T atomicAdd(T* p, std::common_type_t<T> v) {
 template <class A, class B> inline std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 template <class A, class B> inline std::common_type_t<A, B> max(A a, B b) { return a < b ? b : a; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+// A template, as newer C libraries have a cospi, which then goes first.
+template <class T> inline T cospi(T x) { return cos(T(3.14159265358979323846) * x); }
 template <class To, class From> inline To emu_bits(From x) {
     static_assert(sizeof(To) == sizeof(From), "the same bits");
     To r;

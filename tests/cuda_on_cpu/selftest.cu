@@ -87,6 +87,11 @@ extern "C" __global__ void integers(unsigned* out, const unsigned* a, const unsi
     out[5 * i + 3] = static_cast<unsigned>(__ffs(static_cast<int>(a[i])));
     out[5 * i + 4] = max(a[i], b[i]) - min(a[i], b[i]);
 }
+extern "C" __global__ void doubles(double* out, const double* x, const double* y) {  // (2, block)
+    const int i = threadIdx.x, n = blockDim.x;
+    out[i] = cospi(x[i]);
+    out[n + i] = pow(x[i], y[i]);
+}
 extern "C" __global__ void random_words(uint4* out, const uint4* counters, uint32_t key0,
                                         uint32_t key1) {
     out[threadIdx.x] = philox(counters[threadIdx.x], key0, key1);

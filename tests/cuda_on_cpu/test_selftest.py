@@ -159,6 +159,17 @@ def test_words(run):
     assert np.array_equal(y, x)
 
 
+def test_doubles(run):
+    """Two units in the last place, as the CUDA manual has it; of a cosine, of 1."""
+    angles, cosines = [0, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1], [4, 3, 2, 1, 0, -1, -4]
+    x, y = np.array(angles), np.array([0, 1, 2, 3, 7, 40, 1 << 31], float)
+    out = np.full((2, 7), np.nan)
+    run("doubles", (1,), (7,), (out, x, y))
+    wanted = np.sign(cosines) * np.sqrt(np.abs(cosines)) / 2
+    assert np.abs(out[0] - wanted).max() < 5e-16
+    assert out[1] == pytest.approx([float(a) ** b for a, b in zip(x, y, strict=True)], rel=5e-16)
+
+
 def test_philox_is_that_of_the_package(run):
     counters = integers(0, 1 << 32, 64, 4).astype(np.uint32)
     counters[0], counters[1] = 0, 0xFFFFFFFF

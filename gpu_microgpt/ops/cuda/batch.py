@@ -19,6 +19,7 @@ MAX_LENGTH = 1 << 20
 MAX_SAMPLES = 1 << 31
 MAX_ROWS = 1 << 30
 LOW = 0xFFFFFFFF
+WORD, DOUBLE = 4, 8  # bytes of an int32, of an int64, which may start at any of them
 
 
 @dataclass(frozen=True)
@@ -78,38 +79,49 @@ class DeviceSplit:
         positions: Array,
         offsets: Array,
         count: Array,
-        scale: Array,
         counter: Array,
     ) -> None:
         """The same as `Split.batch(step, micro)`, counter being step * grad_accum + micro.
 
         tokens, targets, positions (capacity,) int32: rows from offsets[B] on are 0, -1, 0;
-        offsets (B + 1,) int32; count (1,) int32: targets; scale (1,) float32: 1 / count;
-        counter (1,) int64.
+        offsets (B + 1,) int32; count (1,) int32: targets; counter (1,) int64.
         """
-        rows, size = (self.capacity,), self.batch_size
-        ops.check(
-            "batch",
-            tokens=(tokens, "int32", rows),
-            targets=(targets, "int32", rows),
-            positions=(positions, "int32", rows),
-            offsets=(offsets, "int32", (size + 1,)),
-            count=(count, "int32", (1,)),
-            scale=(scale, "float32", (1,)),
-            counter=(counter, "int64", (1,)),
-        )
+        size = self.batch_size
+        ops.check("batch", count=(count, "int32", (1,)), counter=(counter, "int64", (1,)))
+        ops.check("batch", WORD, offsets=(offsets, "int32", (size + 1,)))
         shared = 8 << (size - 1).bit_length() if self.lengths is not None else 0
         order = ops.kernel("batch", "batch_order", shared)
         order((1,), (ORDER_BLOCK,), (
-            self.sources, offsets, count, scale, counter, _pointer(self.starts),
+            self.sources, offsets, count, counter, _pointer(self.starts),
             _pointer(self.lengths), _pointer(self.table), np.int32(size), np.int32(self.block_size),
             np.int64(self.choices), np.int32(self.half), np.uint32(self.seed & LOW),
             np.uint32(self.seed >> 32),
         ), shared_mem=shared)  # fmt: skip
-        gather = ops.kernel("batch", "batch_gather")
+        self.gather(ops, tokens, targets, positions, self.sources, offsets)
+
+    def gather(
+        self,
+        ops: Context,
+        tokens: Array,
+        targets: Array,
+        positions: Array,
+        sources: Array,
+        offsets: Array,
+    ) -> None:
+        """The rows of up to B given sequences, padded as those of `batch`.
+
+        sources (B,) int64: where in `flat` each begins; offsets (B + 1,) int32: its rows. Where
+        there are fewer, the last offsets are equal: of an empty sequence nothing is read.
+        """
+        size = self.batch_size
+        rows = {"tokens": tokens, "targets": targets, "positions": positions}
+        ops.check("batch", **{k: (a, "int32", (self.capacity,)) for k, a in rows.items()})
+        ops.check("batch", DOUBLE, sources=(sources, "int64", (size,)))
+        ops.check("batch", WORD, offsets=(offsets, "int32", (size + 1,)))
         block = min(GATHER_BLOCK, ceil_div(self.block_size, 32) * 32)
+        gather = ops.kernel("batch", "batch_gather")
         gather((size, ceil_div(self.block_size, block)), (block,), (
-            tokens, targets, positions, self.flat, self.sources, offsets, np.int32(size),
+            tokens, targets, positions, self.flat, sources, offsets, np.int32(size),
             np.int32(self.capacity),
         ))  # fmt: skip
 

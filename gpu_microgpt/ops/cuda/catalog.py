@@ -158,4 +158,6 @@ CATALOG = [
     ),
     Variant("batch", {"batch_order": Launch(512, 512), "batch_gather": Launch(256)}),
     Variant("sample", {"sample": Launch(1024), "sample_philox": Launch(1024)}),
+    Variant("step", {"advance": Launch(32), "update_scalars": Launch(32)}),
+    Variant("decode", {"forbid": Launch(128), "emit": Launch(128)}),
 ]
