@@ -63,6 +63,22 @@ class Ops(Protocol):
     ) -> None:
         """dx (N, C); dw (F, C); dy (N, F). Serves linear_add too: its residual's gradient is dy."""
 
+    # y = max(x w^T, 0), and the backward of a linear whose input x is such a y
+    def linear_relu(self, y: Array, mask: Array, x: Array, w: Array) -> None:
+        """y (N, F); x (N, C); w (F, C).
+
+        mask (N, bytes) uint8: a place for bits y > 0, for relu_linear_backward alone to read; the
+        backend says how many bytes it wants, and none where it has no use for them.
+        """
+
+    def relu_linear_backward(
+        self, dx: Array, dw: Array, dy: Array, x: Array, mask: Array, w: Array, add: bool
+    ) -> None:
+        """dx (N, C), the gradient of z where x = max(z, 0); dw (F, C); dy (N, F); w (F, C).
+
+        mask: what linear_relu left when it computed x.
+        """
+
     # y = max(x, 0)
     def relu(self, y: Array, x: Array) -> None:
         """y, x (N, F); y may be x."""

@@ -4,6 +4,7 @@ there is one. Test bodies are the same."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import ml_dtypes
@@ -11,7 +12,11 @@ import numpy as np
 import pytest
 
 from gpu_microgpt.ops.cuda import CudaOps
+from gpu_microgpt.ops.cuda.cublaslt import CublasLt
 from gpu_microgpt.ops.cuda.device import KNOWN, Device
+from gpu_microgpt.ops.cuda.gemm import GEMM_WORKSPACE, Gemm
+from gpu_microgpt.ops.cuda.plan_cache import PlanCache
+from tests.cuda_on_cpu import cublaslt
 from tests.cuda_on_cpu.loader import EmulatedLoader
 
 bf16 = np.dtype(ml_dtypes.bfloat16)
@@ -43,9 +48,14 @@ class Machine:
         out.reshape(-1).view(np.uint8)[...] = 0xFF
         return out
 
-    def ops(self, dtype: Any, scratch_bytes: int = 0) -> CudaOps:
+    def ops(self, dtype: Any, scratch_bytes: int = 0, gemm: Gemm | None = None) -> CudaOps:
         """Operations with exactly so much scratch memory, filled with 0xFF."""
-        return CudaOps(dtype, self.device, self.loader, self.blank(scratch_bytes, np.uint8))
+        return CudaOps(dtype, self.device, self.loader, self.blank(scratch_bytes, np.uint8), gemm)
+
+    def gemm(self, mode: str, cache: PlanCache | None = None) -> Gemm:
+        """Matrix products of a library that computes on the CPU."""
+        library = CublasLt(cublaslt.library())
+        return Gemm(library, self.device, mode, self.blank(1 << 20, np.uint8), HostQueue(), cache)
 
     def on(self, arch: str) -> Machine:
         """The same, with the properties of another GPU."""
@@ -78,6 +88,11 @@ class Gpu(Machine):
             out.data.memset(0xFF, out.nbytes)
         return out
 
+    def gemm(self, mode: str, cache: PlanCache | None = None) -> Gemm:
+        """Matrix products of NVIDIA's library."""
+        workspace = self.blank(GEMM_WORKSPACE, np.uint8)
+        return Gemm(CublasLt(), self.device, mode, workspace, GpuQueue(), cache)
+
     def on(self, arch: str) -> Machine:
         """The GPU is what it is."""
         pytest.skip(f"wants the properties of {arch}; this is {self.device.arch}")
@@ -86,6 +101,54 @@ class Gpu(Machine):
         import cupy
 
         return cupy.ndarray(shape, dtype)
+
+
+class HostEvent:
+    """Work on the CPU is done when it is enqueued."""
+
+    def __init__(self) -> None:
+        self.time = perf_counter()
+
+    def ms_since(self, earlier: HostEvent) -> float:
+        """Milliseconds."""
+        return (self.time - earlier.time) * 1e3
+
+
+class HostQueue:
+    """What products want of a GPU, of the CPU."""
+
+    stream, capturing = 0, False
+
+    def event(self) -> HostEvent:
+        """The time."""
+        return HostEvent()
+
+
+class GpuEvent:
+    """An event of CuPy's current stream."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._event = cupy.cuda.Event()
+        self._event.record()
+
+    def ms_since(self, earlier: GpuEvent) -> float:
+        """Milliseconds of the device."""
+        import cupy
+
+        self._event.synchronize()
+        return cupy.cuda.get_elapsed_time(earlier._event, self._event)
+
+
+class GpuQueue:
+    """What products want of a GPU, of CuPy's default stream."""
+
+    stream, capturing = 0, False
+
+    def event(self) -> GpuEvent:
+        """A new one."""
+        return GpuEvent()
 
 
 def gpu_is_there() -> bool:

@@ -10,20 +10,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from gpu_microgpt.errors import BackendError
+from gpu_microgpt.errors import BackendError, DeviceError
 from gpu_microgpt.ops.cuda import CudaOps, cache, loader
 from gpu_microgpt.ops.cuda.cache import KernelCache
 from gpu_microgpt.ops.cuda.compiler import Compiled
 from gpu_microgpt.ops.cuda.device import KNOWN
 from gpu_microgpt.ops.cuda.loader import CudaLoader, device_properties
-
-PROPERTIES = {
-    "name": b"NVIDIA H200", "major": 9, "minor": 0, "multiProcessorCount": 132,
-    "sharedMemPerBlock": 49152, "sharedMemPerBlockOptin": 232448,
-    "sharedMemPerMultiprocessor": 233472, "maxThreadsPerMultiProcessor": 2048,
-    "maxBlocksPerMultiProcessor": 32, "l2CacheSize": 62914560, "regsPerBlock": 65536,
-    "regsPerMultiprocessor": 65536, "reservedSharedMemPerBlock": 1024,
-}  # fmt: skip
+from tests.backend.fake_cupy import CLOCK_KHZ, PROPERTIES, CUDARuntimeError
 
 
 class Driver(ModuleType):
@@ -31,6 +24,7 @@ class Driver(ModuleType):
 
     CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES = 1
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+    cudaDevAttrClockRate = 13  # noqa: N815
 
     def __init__(self) -> None:
         super().__init__("cupy.cuda.driver")
@@ -38,6 +32,7 @@ class Driver(ModuleType):
         self.limits: list[tuple[int, int, int]] = []
         self.properties = dict(PROPERTIES)
         self.static = 0
+        self.status = 0  # what loading and launching fail with
 
     def funcGetAttribute(self, attribute: int, function: int) -> int:  # noqa: N802
         assert attribute == 1
@@ -47,6 +42,14 @@ class Driver(ModuleType):
         if value + self.static > self.properties["sharedMemPerBlockOptin"]:
             raise RuntimeError("CUDA_ERROR_INVALID_VALUE: invalid argument")
         self.limits.append((function, attribute, value))
+
+    def deviceGetAttribute(self, attribute: int, device: int) -> int:  # noqa: N802
+        assert (attribute, device) == (13, 0)
+        return CLOCK_KHZ
+
+    def check(self) -> None:
+        if self.status:
+            raise CUDARuntimeError(self.status)
 
     def getDeviceProperties(self, device: int) -> dict[str, object]:  # noqa: N802
         if device:
@@ -66,10 +69,12 @@ def driver(monkeypatch):
             self.name, self.ptr, self.launches = name, hash(name), []
 
         def __call__(self, grid, block, args, shared_mem=0):
+            driver.check()
             self.launches.append((grid, block, args, shared_mem))
 
     class Module:
         def load(self, cubin: bytes) -> None:
+            driver.check()
             driver.loaded.append(cubin)
 
         def get_function(self, name: str) -> Function:
@@ -130,7 +135,7 @@ def test_launchers_can_use_it(kernels, driver):
     ops = CudaOps(np.float32, KNOWN["sm_90"], kernels(), np.empty(0, np.uint8))
     kernel = ops.kernel("relu", "relu")
     kernel((3,), (256,), (np.int64(7),), shared_mem=0)
-    assert kernel.launches == [((3,), (256,), (np.int64(7),), 0)]
+    assert kernel.function.launches == [((3,), (256,), (np.int64(7),), 0)]
 
 
 def test_large_shared_memory_is_asked_for_and_never_taken_back(kernels, driver):
@@ -169,6 +174,31 @@ def test_what_the_driver_refuses_is_one_line(kernels):
         kernels().function("relu", "relu", (), 999_999)
     with pytest.raises(BackendError, match=r"nowhere.cu: cannot be read"):
         kernels().function("nowhere", "relu", ())
+
+
+def test_a_failure_of_the_gpu_is_one_line(kernels, driver):
+    loader = kernels()
+    kernel = loader.function("relu", "relu", ())
+    for status, wanted in (700, "failed .*; this process cannot"), (2, "is out of memory"):
+        driver.status = status
+        with pytest.raises(DeviceError, match=f"the GPU {wanted}"):
+            kernel((1,), (1,), ())
+        with pytest.raises(DeviceError, match=f"the GPU {wanted}"):
+            loader.function("relu", "relu", ("REAL_BF16=1",))
+    driver.status = 802
+    with pytest.raises(DeviceError, match=r"the GPU refused \(launching relu: cudaErrorSystemNot"):
+        kernel((1,), (1,), ())
+    with pytest.raises(
+        BackendError, match=r"the driver refuses kernel relu .*: cudaErrorSystemNot"
+    ):
+        loader.function("relu", "relu", ("REAL_BF16=1",))
+    kernel.function = _broken
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        kernel((1,), (1,), ())
+
+
+def _broken(*arguments):
+    raise RuntimeError("a fault of ours")
 
 
 def test_properties(driver):
@@ -218,11 +248,12 @@ def test_cupy_has_what_is_used():
         driver: [name for name in vars(Driver) if name.startswith(("func", "CU_"))],
         nvrtc: ("getVersion", "getSupportedArchs", "createProgram", "compileProgram", "getCUBIN",
                 "getProgramLog", "destroyProgram", "NVRTCError"),
-        runtime: ("getDeviceProperties",),
+        runtime: ("getDeviceProperties", "deviceGetAttribute"),
     }  # fmt: skip
     for owner, names in wanted.items():
         assert not [name for name in names if not hasattr(owner, name)]
     assert driver.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES == 1
+    assert runtime.cudaDevAttrClockRate == 13
     assert driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES == 8
     assert "int attribute, intptr_t f" in driver.funcGetAttribute.__doc__
     assert "intptr_t f, int attribute, int value" in driver.funcSetAttribute.__doc__

@@ -11,7 +11,7 @@ from gpu_microgpt.data.batch import Batch
 from gpu_microgpt.dims import Dims
 from gpu_microgpt.kv_cache import KVCache
 from gpu_microgpt.ops.cuda import CudaOps, workspace_bytes
-from gpu_microgpt.ops.reference.linear import linear, linear_add, linear_backward
+from gpu_microgpt.ops.cuda.linear import relu_mask_bytes
 from gpu_microgpt.optim import Optimizer
 from tests.cuda.machine import Machine, assert_twice_plain
 from tests.cuda_on_cpu.loader import EmulatedLoader
@@ -24,22 +24,13 @@ CASES = {
 }
 
 
-class WholeOps(CudaOps):
-    """The launchers, and the matrix products by NumPy."""
-
-    xp = np
-    linear = linear
-    linear_add = linear_add
-    linear_backward = linear_backward
-
-
 def memory_with_kernels(dims: Dims, rows: int, machine: Machine, training: bool = True):
     backend, _ = make_model(dims, "fp32")
+    backend.relu_mask_bytes = relu_mask_bytes  # as on a GPU; all else is NumPy's
     memory = Activations(dims, rows, backend, training)
-    planned = workspace_bytes(dims, rows, machine.device, 4, 0 if training else 1)
-    size = max(planned, 16 * dims.n_embd**2)  # of NumPy's products: the largest gradient
-    scratch = np.full(size, 0xFF, np.uint8)  # beside the model's own arrays, which are NumPy's
-    memory.ops = WholeOps(np.float32, machine.device, machine.loader, scratch)
+    size = workspace_bytes(dims, rows, machine.device, 4, 0 if training else 1)
+    scratch, gemm = np.full(size, 0xFF, np.uint8), machine.gemm("fp32")
+    memory.ops = CudaOps(np.float32, machine.device, machine.loader, scratch, gemm)
     return memory
 
 
@@ -103,6 +94,7 @@ def test_cached_decoding_gives_the_logits_of_the_whole_text(emulated):
     cache.lengths[:] = 7
     for token in tokens[7:]:
         logits.append(np.array(model.decode(memory, np.array([token], np.int32), cache)))
+        cache.lengths += 1
     wide_backend, wide_model = make_model(dims, "fp64")
     plain = Activations(dims, len(tokens), wide_backend, training=False)
     expected = wide_model.forward(plain, sequence(tokens))

@@ -58,7 +58,7 @@ class EmulatedModule:
         flags += [UNSET_LOCALS] if supported(UNSET_LOCALS) else []
         parts = [COMPILER, flags, text, *(h.read_text("utf-8") for h in headers)]
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-        library = _cache() / f"{source.stem}-{key}.so"
+        library = cache_folder() / f"{source.stem}-{key}.so"
         if not library.exists():
             _compile(source, flags + [f"-I{f}" for f in folders], library)
         self._library = ctypes.PyDLL(str(library))  # keeps the lock: one launch at a time
@@ -74,7 +74,7 @@ def module(source: Path, defines: tuple[str, ...] = ()) -> EmulatedModule:
     return EmulatedModule(source, defines)
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     """CACHE, made. Raises PermissionError where it is someone else's, who could change what is in
     it."""
     CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)

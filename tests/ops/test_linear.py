@@ -69,6 +69,63 @@ def test_gradients(rows, channels, width):
     check_gradients(loss, arrays, {"x": dx, "w": dw, "residual": dy})
 
 
+def relu_case(dtype, rows, channels, width):
+    """x, w1, w2, dy: y = max(x w1^T, 0), then y w2^T."""
+    x, w1 = normal(dtype, rows, channels), normal(dtype, width, channels, seed=1)
+    w2, dy = normal(dtype, channels, width, seed=2), normal(dtype, rows, channels, seed=3)
+    return x, w1, w2, dy
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("rows", "channels", "width"), [(1, 1, 1), (31, 33, 130), (300, 64, 256)])
+def test_relu_is_composed_of_both(dtype, rows, channels, width, add):
+    ops = operations(dtype, rows, channels, width)
+    x, w1, w2, dy = relu_case(dtype, rows, channels, width)
+    old = normal(dtype, channels, width, seed=4)
+    mask = np.full((rows, 16), 7, np.uint8)
+
+    def run():
+        y, dz = blank(dtype, rows, width), blank(dtype, rows, width)
+        dw = blank(dtype, channels, width)
+        if add:
+            dw[...] = old
+        ops.linear_relu(y, mask, x, w1)
+        ops.relu_linear_backward(dz, dw, dy, y, mask, w2, add)
+        return y, dz, dw
+
+    y, dz, dw = twice(run)
+    plain, dplain = blank(dtype, rows, width), blank(dtype, rows, width)
+    dw_plain = old.copy() if add else blank(dtype, channels, width)
+    ops.linear(plain, x, w1)
+    ops.relu(plain, plain)
+    ops.linear_backward(dplain, dw_plain, dy, plain, w2, add)
+    ops.relu_backward(dplain, dplain, plain)
+    for got, expected in ((y, plain), (dz, dplain), (dw, dw_plain)):
+        assert got.tobytes() == expected.tobytes()
+    assert (mask == 7).all()
+
+
+@pytest.mark.parametrize(("rows", "channels", "width"), [(1, 1, 1), (5, 3, 7)])
+def test_relu_gradients(rows, channels, width):
+    """The loss is through both products, and z = x w1^T is differentiated through the relu."""
+    ops = operations("float64", rows, channels, width)
+    x, w1, w2, dy = relu_case("float64", rows, channels, width)
+    y, out = blank("float64", rows, width), blank("float64", rows, channels)
+    mask = np.zeros((rows, 0), np.uint8)
+
+    def loss():
+        ops.linear_relu(y, mask, x, w1)
+        ops.linear(out, y, w2)
+        return float((out * dy).sum())
+
+    loss()
+    dz, dx = blank("float64", rows, width), blank("float64", rows, channels)
+    dw2, dw1 = blank("float64", channels, width), blank("float64", width, channels)
+    ops.relu_linear_backward(dz, dw2, dy, y, mask, w2, add=False)
+    ops.linear_backward(dx, dw1, dz, x, w1, add=False)
+    check_gradients(loss, {"x": x, "w1": w1, "w2": w2}, {"x": dx, "w1": dw1, "w2": dw2})
+
+
 def test_inputs_stay():
     ops = operations("float32", 5, 3, 7)
     x, w, dy = (normal("float32", *shape) for shape in ((5, 3), (7, 3), (5, 7)))

@@ -9,8 +9,10 @@ from .attention import attention, attention_backward, attention_scratch
 from .attention_decode import attention_decode, attention_decode_scratch, cache_kv
 from .context import Context
 from .cross_entropy import add_losses, cross_entropy, cross_entropy_backward
+from .decode import emit, forbid
 from .device import Device
 from .embedding import embedding, embedding_backward, embedding_scratch
+from .linear import linear, linear_add, linear_backward, linear_relu, relu_linear_backward
 from .relu import relu, relu_backward
 from .rmsnorm import (
     add_rmsnorm,
@@ -21,12 +23,13 @@ from .rmsnorm import (
 )
 from .sample import sample, sample_philox
 from .softmax import softmax, softmax_backward
+from .step import advance, update_scalars
 
 
 class CudaOps(Context):
     """The operations as methods over one device, one loader of kernels and one workspace.
 
-    All of the protocol's but the matrix products, which no kernel here computes.
+    The matrix products are the vendor's library's; all others are kernels of `kernels/`.
     """
 
     embedding = embedding
@@ -36,6 +39,11 @@ class CudaOps(Context):
     add_rmsnorm = add_rmsnorm
     rmsnorm_backward = rmsnorm_backward
     rmsnorm_backward_add = rmsnorm_backward_add
+    linear = linear
+    linear_add = linear_add
+    linear_backward = linear_backward
+    linear_relu = linear_relu
+    relu_linear_backward = relu_linear_backward
     relu = relu
     relu_backward = relu_backward
     attention = attention
@@ -52,6 +60,10 @@ class CudaOps(Context):
     adamw = adamw
     sample = sample
     sample_philox = sample_philox
+    advance = advance  # from here on not the protocol's: what only a captured graph needs
+    update_scalars = update_scalars
+    forbid = forbid
+    emit = emit
 
 
 def workspace_bytes(

@@ -29,7 +29,7 @@ class KernelCache:
         compile: Callable[[Program], Compiled] = compile_program,
     ) -> None:
         """Use `folder`, or the user's cache; nothing is made yet."""
-        self.folder = folder or platformdirs.user_cache_path("gpu_microgpt") / "kernels"
+        self.folder = folder or kernels_cache()
         self._compile = compile
         self._warned = False
 
@@ -47,17 +47,8 @@ class KernelCache:
         return found
 
     def _keep(self, path: Path, compiled: Compiled) -> None:
-        """Write beside the place and rename, so that no half of a file is ever found."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(".partial", f".{path.stem}.", self.folder)
-            try:
-                with open(handle, "wb") as file:
-                    file.write(_packed(compiled))
-                os.replace(temporary, path)
-            except OSError:
-                os.unlink(temporary)
-                raise
+            keep(path, _packed(compiled))
         except OSError as failure:
             if not self._warned:
                 warn(
@@ -65,6 +56,27 @@ class KernelCache:
                     "every start compiles them anew"
                 )
             self._warned = True
+
+
+def kernels_cache() -> Path:
+    """The user's folder for what is compiled and measured."""
+    return platformdirs.user_cache_path("gpu_microgpt") / "kernels"
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Write beside the place and rename, so that no half of a file is ever found.
+
+    Raises OSError, and leaves nothing behind, where it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(".partial", f".{path.stem}.", path.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 def _name(program: Program, compiler: str) -> str:

@@ -8,7 +8,9 @@ import numpy as np
 
 from ...arena import Shape, carve
 from ...types import Array
+from .arrays import pointer
 from .device import Device
+from .gemm import Gemm
 
 ALIGN = 16  # bytes: the widest access of a thread
 NULL = np.uintp(0)  # the pointer to nothing
@@ -40,10 +42,18 @@ class Loader(Protocol):
 class Context:
     """A device, its kernels, and one operation's worth of scratch memory, planned beforehand."""
 
-    def __init__(self, dtype: Any, device: Device, loader: Loader, workspace: Array) -> None:
-        """`dtype`: float32 or bfloat16, of weights and activations; `workspace` is uint8."""
+    def __init__(
+        self,
+        dtype: Any,
+        device: Device,
+        loader: Loader,
+        workspace: Array,
+        gemm: Gemm | None = None,
+    ) -> None:
+        """`dtype`: float32 or bfloat16, of weights and activations; `workspace` is uint8; `gemm`
+        may be None where no operation with a matrix product is asked for."""
         self.real: str = np.dtype(dtype).name
-        self.device, self.loader, self.workspace = device, loader, workspace
+        self.device, self.loader, self.workspace, self.gemm = device, loader, workspace, gemm
         self._kernels: dict[Any, Kernel] = {}
 
     @property
@@ -112,18 +122,6 @@ def rows_of(op: str, name: str, array: Array) -> tuple[int, int]:
         raise ValueError(f"{op}: {name}: got shape {array.shape}, wanted rows and columns")
     rows, columns = array.shape
     return int(rows), int(columns)
-
-
-def pointer(array: Array) -> int:
-    """Address of the first number, on the host or the device."""
-    if isinstance(array, np.ndarray):  # under the emulator
-        return int(array.ctypes.data)
-    return int(array.data.ptr)
-
-
-def row_stride(array: Array) -> int:
-    """Numbers from one row to the next."""
-    return int(array.strides[0]) // int(array.dtype.itemsize)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from ...types import Array
-from .context import NULL, WARP, Context, ceil_div, row_stride, rows_of
+from .arrays import row_stride
+from .context import NULL, WARP, Context, ceil_div, rows_of
 from .softmax import in_packs, teams
 
 LOSS_BLOCK = 1024

@@ -7,11 +7,29 @@ from typing import Any
 from ...errors import BackendError
 from .cache import KernelCache
 from .compiler import INSTALL, Program, kernels_folder
-from .context import Kernel
+from .context import Grid, Kernel
 from .device import Device
+from .failures import DEAD, MEMORY, device_error
 
 OLDEST = (7, 5)  # compute capability the kernels are made for
 FREE_SHARED = 48 << 10  # bytes a block may take, static and dynamic, without asking
+
+
+class LoadedKernel:
+    """A kernel on the GPU, whose failures are told in one line."""
+
+    def __init__(self, name: str, function: Any) -> None:
+        """`function`: CuPy's."""
+        self.name, self.function = name, function
+
+    def __call__(
+        self, grid: Grid, block: Grid, args: tuple[Any, ...], *, shared_mem: int = 0
+    ) -> None:
+        """Launch, as `context.Kernel` has it. Raises DeviceError where CUDA refuses."""
+        try:
+            self.function(grid, block, args, shared_mem)
+        except RuntimeError as failure:
+            raise device_error(failure, f"launching {self.name}") or failure from None
 
 
 class CudaLoader:
@@ -29,18 +47,20 @@ class CudaLoader:
     ) -> Kernel:
         """Kernel `name` of `kernels/stem.cu`, as `context.Loader` has it.
 
-        Raises BackendError where it does not compile, is not there, or the GPU cannot run it.
+        Raises BackendError where it does not compile, is not there, or the GPU cannot run it;
+        DeviceError where the GPU is lost or full.
         """
         try:
             function = self._module(stem, defines).get_function(name)
             self._allow((stem, name, defines), function, shared_mem)
         except RuntimeError as failure:  # the driver's
+            if getattr(failure, "status", None) in (MEMORY, *DEAD):
+                raise device_error(failure, f"loading {name}") or failure from None
             raise BackendError(
                 f"{stem}.cu: the driver refuses kernel {name} with {shared_mem:,} bytes of shared "
                 f"memory on {self.device.name} ({self.device.arch}): {failure}"
             ) from None
-        kernel: Kernel = function
-        return kernel
+        return LoadedKernel(name, function)
 
     def _module(self, stem: str, defines: tuple[str, ...]) -> Any:
         """The file's kernels on the GPU."""
@@ -76,6 +96,7 @@ def device_properties(device_id: int = 0) -> Device:
         from cupy.cuda import runtime
 
         found = runtime.getDeviceProperties(device_id)
+        kilohertz = runtime.deviceGetAttribute(runtime.cudaDevAttrClockRate, device_id)
     except ImportError as failure:
         raise BackendError(f"CuPy cannot be imported ({failure}): {INSTALL}") from None
     except RuntimeError as failure:
@@ -91,6 +112,7 @@ def device_properties(device_id: int = 0) -> Device:
         l2_bytes=found["l2CacheSize"],
         registers_per_multiprocessor=found["regsPerMultiprocessor"],
         reserved_shared=found["reservedSharedMemPerBlock"],
+        clock_hz=kilohertz * 1000,
     )
     if device.capability < OLDEST:
         raise BackendError(f"{device.name}: got {device.arch}, wanted sm_75 (Turing) or newer")

@@ -8,7 +8,8 @@ import numpy as np
 
 from ...types import Array
 from ..reference.sample import GREEDY
-from .context import Context, row_stride, rows_of
+from .arrays import row_stride
+from .context import Context, rows_of
 
 MAX_VOCAB = 1 << 16  # of 2^47 units each: sums below 2^64
 LOW = 0xFFFFFFFF

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ...types import Array
-from .context import ALIGN, WARP, Context, Grid, ceil_div, pointer, row_stride, rows_of
+from .arrays import pointer, row_stride
+from .context import ALIGN, WARP, Context, Grid, ceil_div, rows_of
 
 WARP_WIDTH = 1024  # numbers of a row that a warp takes alone: 32 a thread
 WARPS = 8  # of a block, with a row each

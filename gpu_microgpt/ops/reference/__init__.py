@@ -15,7 +15,7 @@ from .cross_entropy import (
     cross_entropy_scratch,
 )
 from .embedding import embedding, embedding_backward, embedding_scratch
-from .linear import linear, linear_add, linear_backward
+from .linear import linear, linear_add, linear_backward, linear_relu, relu_linear_backward
 from .relu import relu, relu_backward, relu_scratch
 from .rmsnorm import (
     add_rmsnorm,
@@ -42,6 +42,8 @@ class ReferenceOps(Context):
     linear = linear
     linear_add = linear_add
     linear_backward = linear_backward
+    linear_relu = linear_relu
+    relu_linear_backward = relu_linear_backward
     relu = relu
     relu_backward = relu_backward
     attention = attention

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...types import Array
 from .context import Context
+from .relu import relu, relu_backward
 
 
 def linear(self: Context, y: Array, x: Array, w: Array) -> None:
@@ -30,3 +31,21 @@ def linear_backward(
         dw += self.xp.matmul(dy.T, x, out=product)
     else:
         self.xp.matmul(dy.T, x, out=dw)
+
+
+def linear_relu(self: Context, y: Array, mask: Array, x: Array, w: Array) -> None:
+    """y = max(x w^T, 0). The mask is for backends whose products write it: nothing is done here."""
+    linear(self, y, x, w)
+    relu(self, y, y)
+
+
+def relu_linear_backward(
+    self: Context, dx: Array, dw: Array, dy: Array, x: Array, mask: Array, w: Array, add: bool
+) -> None:
+    """dx = (dy w) [x > 0]; dw as linear_backward.
+
+    y = x w^T with x = max(z, 0): dx is the gradient of z, which passes where x > 0. dw needs x
+    alone, as x is the input of the product.
+    """
+    linear_backward(self, dx, dw, dy, x, w, add)
+    relu_backward(self, dx, dx, x)
