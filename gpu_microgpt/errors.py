@@ -25,6 +25,10 @@ class BackendError(UserError):
     """The asked-for backend or precision cannot run here."""
 
 
+class DeviceError(UserError):
+    """The GPU failed, was lost or is out of memory during a run."""
+
+
 class DivergedError(UserError):
     """The loss or the gradient norm became NaN or infinite."""
 

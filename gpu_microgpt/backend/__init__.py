@@ -8,19 +8,25 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..config import Config
+from ..dims import Dims
 from ..errors import BackendError
+from ..ops import Ops
 from ..types import Array
 from .numpy import NumpyBackend
 
 __all__ = ["Backend", "choose"]
+
+GPU_DTYPES = ("bf16", "tf32")  # what numpy does not run
 
 
 class Backend(Protocol):
     """An array module and the device services around it."""
 
     name: str
+    is_host: bool  # whether its arrays lie in the host's memory
     xp: Any  # the array module: numpy, or one that speaks its language
-    dtype: np.dtype[Any]  # of weights, moments and activations
+    dtype: np.dtype[Any]  # of activations, and of the weights that enter matrix products
+    master: np.dtype[Any]  # of weights as they are kept, gradients, moments and statistics
     threads: int
 
     def describe(self) -> str:
@@ -39,17 +45,41 @@ class Backend(Protocol):
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Zeroed memory."""
 
+    def upload(self, array: Array, host: np.ndarray[Any, Any]) -> None:
+        """Copy a host array of the same shape and dtype into a contiguous one of the device."""
+
     def from_host(self, array: np.ndarray[Any, Any]) -> Array:
         """A NumPy array on the device, dtype kept."""
 
     def to_host(self, array: Array) -> np.ndarray[Any, Any]:
         """A NumPy copy of a device array; waits for it."""
 
+    def ops(self, workspace: Array) -> Ops:
+        """The operations, bound to scratch memory of their own (uint8 bytes)."""
+
+    def workspace_bytes(self, dims: Dims, rows: int, sequences: int = 0) -> int:
+        """Scratch for batches of up to `rows` positions and a KV cache of so many sequences."""
+
+    def pad_vocab(self, vocab_size: int) -> int:
+        """Rows of lm_head in memory, and columns of the logits: at least vocab_size."""
+
+    def relu_mask_bytes(self, width: int) -> int:
+        """Bytes a row in which `linear_relu` notes the signs of so many numbers; 0: it does not."""
+
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Run one task a shard, side by side; the first exception is raised."""
 
     def memory(self) -> int | None:
-        """Bytes the device has in all, or None where it cannot be known."""
+        """Bytes that may be planned on: a GPU's free ones, all of a host's; None: not known."""
+
+    def memory_used(self) -> int | None:
+        """Bytes of the device in use, by whomever; None where that says nothing of the run."""
+
+    def reserved(self) -> list[tuple[str, int]]:
+        """What the backend takes for itself: name, bytes."""
+
+    def peak_flops(self) -> float | None:
+        """Floating-point operations a second the device promises in this dtype, where known."""
 
     def __enter__(self) -> Backend:
         """Take threads and limits; passes and steps run inside this context."""
@@ -61,11 +91,33 @@ class Backend(Protocol):
 def choose(config: Config) -> Backend:
     """Return the backend the config asks for.
 
-    Raises BackendError where it or the precision cannot run here.
+    auto is cupy where it can run, else numpy, which says why. A dtype that only GPUs run is asked
+    for on purpose: numpy does not take its place. Raises BackendError where backend or dtype
+    cannot run here, ConfigError where there is no such GPU.
     """
+    if config.backend == "numpy":
+        return NumpyBackend(config.dtype, config.threads)
     if config.backend == "cupy":
-        raise BackendError(
-            "backend: got cupy, but this version has no CUDA engine yet; use backend=numpy"
-        )
-    why = "auto: this version has no CUDA engine" if config.backend == "auto" else ""
-    return NumpyBackend(config.dtype, config.threads, why)
+        return _cuda(config)
+    if config.dtype == "fp64":
+        return NumpyBackend(config.dtype, config.threads, "auto: fp64 is for numpy")
+    try:
+        return _cuda(config, "auto")
+    except BackendError as failure:
+        if config.dtype in GPU_DTYPES:
+            raise BackendError(
+                f"dtype: got {config.dtype}, which only backend cupy runs, and it cannot: {failure}"
+            ) from None
+        why = getattr(failure, "why", str(failure))
+        return NumpyBackend(config.dtype, config.threads, f"auto: {why}")
+
+
+def _cuda(config: Config, why: str = "") -> Backend:
+    """Imported here: a run on the CPU loads nothing of it."""
+    from . import cupy
+    from .cuda import CudaBackend, unsupported
+
+    backend = CudaBackend(cupy.open_gpu(config.device), config.dtype, why)
+    if refusal := unsupported(config):
+        raise BackendError(f"backend cupy: {refusal}; or backend=numpy")
+    return backend

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from ..dims import Dims
 from ..errors import BackendError
+from ..ops import Ops
+from ..ops.reference import ReferenceOps, workspace_bytes
 from ..types import Array
 
 DTYPES = {"auto": np.float32, "fp32": np.float32, "fp64": np.float64}
@@ -23,6 +26,7 @@ class NumpyBackend:
     """The readable truth: plain NumPy, BLAS for the matrix products."""
 
     name = "numpy"
+    is_host = True
     xp: Any = np
 
     def __init__(self, dtype: str = "auto", threads: int = 0, why: str = "") -> None:
@@ -33,7 +37,7 @@ class NumpyBackend:
         """
         if dtype not in DTYPES:
             raise BackendError(f"dtype: got {dtype}; backend numpy runs fp32 or fp64 (auto = fp32)")
-        self.dtype = np.dtype(DTYPES[dtype])
+        self.dtype = self.master = np.dtype(DTYPES[dtype])
         self.threads = threads or _usable_cores()
         self._why = f" ({why})" if why else ""
         self._controller = ThreadpoolController()
@@ -71,6 +75,10 @@ class NumpyBackend:
         """Zeroed memory."""
         return np.zeros(shape, dtype)
 
+    def upload(self, array: Array, host: np.ndarray[Any, Any]) -> None:
+        """Copy."""
+        array[...] = host
+
     def from_host(self, array: np.ndarray[Any, Any]) -> Array:
         """The array itself: the host is the device."""
         return array
@@ -78,6 +86,22 @@ class NumpyBackend:
     def to_host(self, array: Array) -> np.ndarray[Any, Any]:
         """A copy, so that later steps do not change it."""
         return np.array(array)
+
+    def ops(self, workspace: Array) -> Ops:
+        """The reference operations."""
+        return ReferenceOps(np, workspace)
+
+    def workspace_bytes(self, dims: Dims, rows: int, sequences: int = 0) -> int:
+        """Scratch for batches of up to `rows` positions."""
+        return workspace_bytes(dims, rows, self.dtype.itemsize)
+
+    def pad_vocab(self, vocab_size: int) -> int:
+        """No padding: BLAS takes any width."""
+        return vocab_size
+
+    def relu_mask_bytes(self, width: int) -> int:
+        """None: the relu's output says it."""
+        return 0
 
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Run the tasks side by side, the first on this thread."""
@@ -97,6 +121,18 @@ class NumpyBackend:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, ValueError, OSError):
             return None
+
+    def memory_used(self) -> int | None:
+        """Not said: it is the whole machine's."""
+        return None
+
+    def reserved(self) -> list[tuple[str, int]]:
+        """Nothing."""
+        return []
+
+    def peak_flops(self) -> float | None:
+        """Not known: `gpu-microgpt bench` measures it."""
+        return None
 
     def __enter__(self) -> NumpyBackend:
         """Hold BLAS to its share of the threads until `__exit__`, and NumPy's warnings back.
