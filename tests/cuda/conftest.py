@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 
 from tests.cuda.machine import DTYPES, Gpu, Machine, gpu_is_there
+from tests.cuda.stand_in import StandInGpu
+from tests.cuda.stand_in_cases import started
 from tests.cuda_on_cpu.build import SANITIZER
 from tests.cuda_on_cpu.loader import EmulatedLoader
 
@@ -33,3 +35,9 @@ def dtype(request: pytest.FixtureRequest) -> str:
 def one(request: pytest.FixtureRequest) -> Machine:
     """One schedule, for what takes long; and the GPU."""
     return Gpu() if request.param == "gpu" else Machine(EmulatedLoader(request.param))
+
+
+@pytest.fixture
+def gpu() -> StandInGpu:
+    """A GPU on the CPU, active in this thread."""
+    return started()

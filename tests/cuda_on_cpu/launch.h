@@ -131,12 +131,19 @@ EMU_OWN inline void shuffle_blocks(unsigned* ids, unsigned n) {
     }
 }
 
+// A block's stacks stay for the next launch, as to make them takes longer than most launches; one
+// set for all libraries of the process, as the system has no room for one each.
+__attribute__((visibility("default"))) inline const Guarded* kept = nullptr;
+
 inline void run_all(unsigned total) {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     const size_t shared = (run.config.shared + 127) / 128 * 128;  // a GPU aligns it so at least
     const size_t n = static_cast<size_t>(run.blocks) * run.threads;
     run.pages = (shared + page - 1) / page * page;
-    const Guarded stacks(n, STACK), dynamic(run.blocks, run.pages);
+    const bool keep = !EMU_SANITIZED && n <= MAX_THREADS;
+    if (keep && !kept) kept = new Guarded(MAX_THREADS, STACK);
+    const Guarded own(keep ? 0 : n, STACK), dynamic(run.blocks, run.pages);
+    const Guarded& stacks = keep ? *kept : own;
     if (!stacks || !dynamic) {
         snprintf(run.error, sizeof run.error, "no memory for the stacks of %zu threads", n);
         return;
