@@ -6,10 +6,12 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .arena import Shape, array_bytes, carve
 from .backend import Backend
 from .dims import Dims
-from .ops import Ops, make_ops, workspace_bytes
+from .ops import Ops
 from .types import Array
 
 MAX_VIEWS = 256  # row counts remembered: ragged batches keep coming in new ones
@@ -27,6 +29,7 @@ class LayerActivations:
     norm2: Array  # (N, C)
     rstd2: Array  # (N,)
     hidden: Array  # (N, 4C), after the relu
+    mask: Array  # (N, bytes): where hidden is positive, for operations that want it as bits
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Rows:
     x_mid: Array  # (N, C), the residual stream inside a layer
     x: Array  # (N, C), the residual stream between layers
     logits: Array  # (N, V); backward turns them into dlogits
+    padded_logits: Array  # the same with the padding of their rows, as matrix products take them
     losses: Array  # (N,)
     layers: tuple[LayerActivations, ...]
     dx: Array  # (N, C), the residual stream's gradient
@@ -46,20 +50,27 @@ class Rows:
     dhidden: Array  # (N, 4C)
 
 
-def table(dims: Dims, rows: int, training: bool) -> list[tuple[str, Shape]]:
+STATISTICS = ("rstd0", "rstd1", "rstd2", "lse", "losses")  # in the master dtype
+BYTES = ("mask",)
+
+Entry = tuple[str, Shape, "np.dtype[Any]", int]  # name, shape, dtype, bytes
+
+
+def table(dims: Dims, rows: int, backend: Backend, training: bool) -> list[tuple[str, Shape]]:
     """Names and shapes for up to `rows` positions.
 
     Without training every layer shares one set of arrays and there are no gradients.
     """
-    n, c, v, h = rows, dims.n_embd, dims.vocab_size, dims.n_head
+    n, c, h = rows, dims.n_embd, dims.n_head
+    v, bits = backend.pad_vocab(dims.vocab_size), backend.relu_mask_bytes(4 * c)
     entries: list[tuple[str, Shape]] = [
         ("x0", (n, c)), ("rstd0", (n,)), ("x_mid", (n, c)), ("x", (n, c)),
-        ("logits", (n, v)), ("losses", (n,)),
+        ("padded_logits", (n, v)), ("losses", (n,)),
     ]  # fmt: skip
     for layer in range(dims.n_layer if training else 1):
         shapes = {
             "norm1": (n, c), "rstd1": (n,), "qkv": (n, 3 * c), "att": (n, c), "lse": (n, h),
-            "norm2": (n, c), "rstd2": (n,), "hidden": (n, 4 * c),
+            "norm2": (n, c), "rstd2": (n,), "hidden": (n, 4 * c), "mask": (n, bits),
         }  # fmt: skip
         entries += [(f"layer{layer}.{name}", shape) for name, shape in shapes.items()]
     if training:
@@ -68,26 +79,43 @@ def table(dims: Dims, rows: int, training: bool) -> list[tuple[str, Shape]]:
     return entries
 
 
-def plan(dims: Dims, rows: int, itemsize: int, training: bool) -> list[tuple[str, Shape, int]]:
-    """The table with its bytes, and the operations' workspace as last row."""
-    sized = [(name, s, array_bytes(s, itemsize)) for name, s in table(dims, rows, training)]
-    scratch = workspace_bytes(dims, rows, itemsize)
-    return [*sized, ("workspace", (scratch,), scratch)]
+def plan(
+    dims: Dims, rows: int, backend: Backend, training: bool, sequences: int = 0
+) -> list[Entry]:
+    """The table with dtypes and bytes, and the operations' workspace as last row."""
+    entries: list[Entry] = []
+    for name, shape in table(dims, rows, backend, training):
+        kind = name.rpartition(".")[2]
+        dtype = backend.master if kind in STATISTICS else backend.dtype
+        dtype = np.dtype("u1") if kind in BYTES else dtype
+        entries.append((name, shape, dtype, array_bytes(shape, dtype.itemsize)))
+    scratch = backend.workspace_bytes(dims, rows, sequences)
+    return [*entries, ("workspace", (scratch,), np.dtype("u1"), scratch)]
 
 
 class Activations:
     """One arena for batches of up to `capacity` rows, and the operations that work in it."""
 
-    def __init__(self, dims: Dims, capacity: int, backend: Backend, training: bool = True) -> None:
-        """Take the planned memory in one piece."""
+    def __init__(
+        self,
+        dims: Dims,
+        capacity: int,
+        backend: Backend,
+        training: bool = True,
+        sequences: int = 0,
+    ) -> None:
+        """Take the planned memory in one piece; `sequences`: of a KV cache that is decoded."""
         self.dims, self.capacity, self.training = dims, capacity, training
         self._rows: OrderedDict[int, Rows] = OrderedDict()
-        *entries, (_, _, scratch) = plan(dims, capacity, backend.dtype.itemsize, training)
-        self.nbytes = scratch + sum(size for _, _, size in entries)
+        *entries, (_, _, _, scratch) = plan(dims, capacity, backend, training, sequences)
+        self.nbytes = scratch + sum(size for *_, size in entries)
         arena = backend.empty((self.nbytes,), "u1")
-        self.ops: Ops = make_ops(backend, arena[:scratch])
-        views = carve(arena[scratch:], backend.dtype, [shape for _, shape, _ in entries])
-        self._arrays = {name: view for (name, _, _), view in zip(entries, views, strict=True)}
+        self.ops: Ops = backend.ops(arena[:scratch])
+        self._arrays: dict[str, Array] = {}
+        start = scratch
+        for name, shape, dtype, size in entries:
+            (self._arrays[name],) = carve(arena[start : start + size], dtype, [shape])
+            start += size
 
     def rows(self, count: int) -> Rows:
         """Views of the first `count` rows of everything. Raises ValueError beyond the capacity."""
@@ -108,6 +136,7 @@ class Activations:
             kept = layer if self.training else 0
             layers.append(LayerActivations(*(views[f"layer{kept}.{name}"] for name in fields)))
         plain = {name: view for name, view in views.items() if "." not in name}
+        plain["logits"] = plain["padded_logits"][:, : self.dims.vocab_size]
         if not self.training:
             plain |= dict.fromkeys(("dx", "dbranch", "dqkv", "dhidden"))
         return Rows(layers=tuple(layers), **plain)

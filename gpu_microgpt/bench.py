@@ -13,7 +13,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -28,7 +27,8 @@ from .bench_setting import BATCHES, WARM_UP, Setting, timed
 from .bench_torch import measure_torch
 from .errors import UserError
 from .model import GPT
-from .params import Params
+from .params import Weights
+from .profile import Profiler
 from .step import Step
 from .version import __version__
 
@@ -36,7 +36,7 @@ from .version import __version__
 def measure_ours(setting: Setting, seconds: float) -> dict[str, Any]:
     """Time our step; {"ms": median, "loss": of the first step, "ops": {name: share}, ...}."""
     backend = choose(setting.config)
-    model = GPT(Params(setting.dims, backend))
+    model = GPT(Weights(setting.dims, backend))
     model.params.load(setting.weights, backend)
     step = Step.build(model, setting.config, backend)
     with backend:
@@ -54,36 +54,15 @@ def measure_ours(setting: Setting, seconds: float) -> dict[str, Any]:
                 "ops": shares, "peak_gflops": peak, "engine": backend.describe()}  # fmt: skip
 
 
-class _TimedOps:
-    """Passes calls on and adds up their time, that of all threads together."""
-
-    def __init__(self, ops: Any, spent: dict[str, float]) -> None:
-        self._ops, self._spent = ops, spent
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self._ops, name)
-
-        def timed_call(*args: Any) -> None:
-            start = time.perf_counter()
-            call(*args)
-            with _lock:
-                self._spent[name] += time.perf_counter() - start
-
-        return timed_call
-
-
-_lock = threading.Lock()
-
-
 def _op_shares(step: Step, run: Callable[[int], None], done: int) -> dict[str, float]:
     """Share of the operations' time that each takes, largest first, over some further steps."""
-    spent: dict[str, float] = defaultdict(float)
-    for shard in step.shards:
-        shard.memory.ops = _TimedOps(shard.memory.ops, spent)
-    for number in range(done, done + max(5, min(200, done // 4))):
-        run(number + WARM_UP + 1)
-    total = sum(spent.values())
-    return {name: s / total for name, s in sorted(spent.items(), key=lambda item: -item[1])}
+    count = 1 + max(5, min(200, done // 4))  # the first is not counted
+    profiler = Profiler(count)
+    profiler.watch(shard.memory for shard in step.shards.shards)
+    for number in range(done + WARM_UP + 1, done + WARM_UP + 1 + count):
+        with profiler.step(number):
+            run(number)
+    return {row.name: row.share for row in profiler.rows()}
 
 
 def _sgemm_peak(backend: Backend) -> float:

@@ -197,10 +197,13 @@ class Config(Settings):
     """All settings of a run."""
 
     backend: Literal["auto", "numpy", "cupy"] = Field(
-        default="auto", description="auto: a GPU if usable"
+        default="auto", description="cupy: an NVIDIA GPU; auto: that if usable, else numpy"
     )
+    device: CountOrZero = Field(default=0, description="which GPU, where there are several")
     dtype: Literal["auto", "fp32", "fp64", "tf32", "bf16"] = Field(
-        default="auto", description="precision of the arithmetic; auto: the backend's best"
+        default="auto",
+        description="precision of matrix products; numpy: fp32, fp64; cupy: bf16, tf32, fp32; "
+        "auto: bf16 on a GPU that has it, else fp32",
     )
     threads: CountOrZero = Field(default=0, description="CPU threads; 0: all cores")
     seed: int = Field(default=1337, ge=0, lt=2**64, description="fixes every random choice")
@@ -209,6 +212,11 @@ class Config(Settings):
     )
     resume: Text | None = Field(
         default=None, description="auto, or a run or checkpoint folder to go on from"
+    )
+    profile: bool = Field(
+        default=False,
+        description="time what the first 10 steps consist of, each kernel (numpy: operation), into "
+        "RUN/profile.md; once waits for the GPU. NVTX ranges",
     )
     model: ModelConfig
     data: DataConfig

@@ -33,7 +33,7 @@ class Dims:
         c = self.n_embd
         return (2 * self.vocab_size + self.block_size) * c + 12 * c * c * self.n_layer
 
-    def train_flops(self, rows: int, length: float) -> float:
+    def train_flops(self, rows: float, length: float) -> float:
         """Floating-point operations of forward + backward over `rows` positions.
 
         A multiply-add counts as two; backward costs twice the forward. Attention is counted over

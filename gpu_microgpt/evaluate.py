@@ -11,10 +11,10 @@ from .checkpoint import find
 from .config import Config
 from .data.corpus import load_corpus
 from .data.dataset import Dataset, Split
+from .engine import make_evaluator
 from .errors import DataError
 from .errors import warn as warn_user
 from .run_folder import check_corpus
-from .step import Step, mean_loss
 from .text_model import TextModel, from_state
 
 MAX_EXPONENT = 700  # exp of more is beyond a float
@@ -38,9 +38,9 @@ def evaluate(
     split, name = _own_split(model, state.meta["corpus"], warn) if data is None else _text(
         model, data, warn
     )  # fmt: skip
-    step = Step.build(model.gpt, model.config, model.backend)
     with model.backend:
-        loss = mean_loss(step, split)
+        evaluator = make_evaluator(model.gpt, model.config, model.backend)
+        loss = evaluator.mean_loss(split)
     return {
         "loss": loss,
         "bits_per_char": loss / math.log(2),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,7 @@ class Generator:
     def __init__(self, model: GPT, backend: Backend, sequences: int) -> None:
         """Take memory for `sequences` texts."""
         self.model, self.backend = model, backend
-        self.block_size = model.dims.block_size
+        self.sequences, self.block_size = sequences, model.dims.block_size
         self.cache = KVCache(model.dims, sequences, backend)
         rows = max(self.block_size, sequences)
         self.memory = Activations(model.dims, rows, backend, training=False)
@@ -69,10 +68,7 @@ class Generator:
         contexts: one (n >= 1,) int32 array for each of the S sequences, else ValueError; only the
         last block_size tokens are read.
         """
-        wanted = len(self.cache.lengths)
-        if len(contexts) != wanted or not all(map(len, contexts)):
-            sizes = [len(context) for context in contexts]
-            raise ValueError(f"contexts: got lengths {sizes}, wanted {wanted} of at least 1")
+        check_contexts(contexts, self.sequences)
         texts = [list(context) for context in contexts]
         logits = self._read([text[-self.block_size :] for text in texts], range(len(texts)))
         ended = np.zeros(len(texts), bool)
@@ -87,6 +83,7 @@ class Generator:
                 text.append(token)
             self._slide(texts)
             logits = self.model.decode(self.memory, self.backend.from_host(tokens), self.cache)
+            self.cache.lengths += 1
 
     def _draw(
         self, logits: Any, sampling: Sampling, uniforms: np.ndarray[Any, Any]
@@ -141,16 +138,30 @@ class Generator:
         return Batch(tokens, batch.targets, positions, batch.layout, batch.num_targets)
 
 
-def philox_uniforms(seed: int, numbers: Sequence[int]) -> Uniforms:
-    """Uniforms of the texts with these numbers: a text's draws depend on (seed, number) only."""
+def check_contexts(contexts: Sequence[np.ndarray[Any, Any]], sequences: int) -> None:
+    """Raise ValueError unless there is one for each sequence, of at least one token."""
+    if len(contexts) != sequences or not all(map(len, contexts)):
+        sizes = [len(context) for context in contexts]
+        raise ValueError(f"contexts: got lengths {sizes}, wanted {sequences} of at least 1")
 
-    @cache
-    def block(index: int) -> np.ndarray[Any, Any]:
-        positions = np.arange(index * DRAWS, (index + 1) * DRAWS)
-        return np.stack([uniform(seed, Stream.SAMPLE, positions, n) for n in numbers], axis=1)
 
-    def at(position: int) -> np.ndarray[Any, Any]:
-        draws: np.ndarray[Any, Any] = block(position // DRAWS)[position % DRAWS]
-        return draws
+class PhiloxUniforms:
+    """Uniforms of the texts with these numbers: a text's draws depend on (seed, number) only.
 
-    return at
+    A GPU draws them itself, from `seed` and `numbers`.
+    """
+
+    def __init__(self, seed: int, numbers: Sequence[int]) -> None:
+        """Nothing is drawn yet."""
+        self.seed, self.numbers = seed, tuple(numbers)
+        self._drawn: dict[int, np.ndarray[Any, Any]] = {}  # DRAWS positions each, (DRAWS, S)
+
+    def __call__(self, position: int) -> np.ndarray[Any, Any]:
+        """(S,) float64, for a position in the new text."""
+        index, row = divmod(position, DRAWS)
+        if index not in self._drawn:
+            at = np.arange(index * DRAWS, (index + 1) * DRAWS)
+            draws = [uniform(self.seed, Stream.SAMPLE, at, number) for number in self.numbers]
+            self._drawn[index] = np.stack(draws, axis=1)
+        draw: np.ndarray[Any, Any] = self._drawn[index][row]
+        return draw

@@ -19,38 +19,49 @@ BATCH_BYTES = 40  # a position of a batch while it is gathered: three int32, thr
 Entry = tuple[str, str, int]  # what, how many of which shape, bytes
 
 
-def entries(config: Config, dims: Dims, backend: Backend) -> list[Entry]:
-    """The plan: weights, moments, gradients, then the activations, layers taken together."""
+def entries(config: Config, dims: Dims, backend: Backend, text: int) -> list[Entry]:
+    """The plan: weights, moments, gradients, then the activations, layers taken together.
+
+    text: bytes of the tokens that a GPU keeps.
+    """
     cut = ShardPlan.of(config, dims, backend)
     shards, rows = cut.shards, cut.rows
-    size = backend.dtype.itemsize
-    _, flat = params.layout(dims)
+    size = backend.master.itemsize
+    _, flat = params.layout(dims, backend.pad_vocab(dims.vocab_size))
     plan = [
         ("weights", f"{flat:,}", flat * size),
         ("moments m, v", f"2 x {flat:,}", 2 * flat * size),
         ("gradients", f"{shards} x {flat:,}", shards * flat * size),
     ]
-    plan.append(("copies to save", f"6 x {flat:,}", 6 * flat * size))  # arrays, then their bytes
-    positions = config.train.grad_accum * config.train.batch_size * dims.block_size
+    if backend.dtype != backend.master:
+        plan.append((f"{backend.dtype} weights", f"{flat:,}", flat * backend.dtype.itemsize))
+    if backend.is_host:  # else it is not the device's memory: arrays, then their bytes
+        plan.append(("copies to save", f"6 x {flat:,}", 6 * flat * size))
+    positions = config.train.batch_size * dims.block_size
+    positions *= config.train.grad_accum if backend.is_host else 1  # a GPU draws one at a time
     plan.append(("batch", f"{positions:,}", positions * BATCH_BYTES))
-    arrays = activations.plan(dims, rows, size, training=True)
+    if not backend.is_host:
+        plan.append(("text", "", text))
+    plan += [(name, "", reserved) for name, reserved in backend.reserved()]
+    fixed = len(plan)
+    arrays = activations.plan(dims, rows, backend, training=True)
 
-    def kind(entry: tuple[str, Shape, int]) -> tuple[str, Shape]:
+    def kind(entry: activations.Entry) -> tuple[str, Shape]:
         return entry[0].rpartition(".")[2], entry[1]
 
     for (name, shape), same in groupby(sorted(arrays, key=kind), key=kind):
         group = list(same)
         count = shards * len(group)
-        plan.append((name, f"{count} x {shape}", shards * sum(size for _, _, size in group)))
-    return plan[:5] + sorted(plan[5:], key=lambda entry: -entry[2])
+        plan.append((name, f"{count} x {shape}", shards * sum(size for *_, size in group)))
+    return plan[:fixed] + sorted(plan[fixed:], key=lambda entry: -entry[2])
 
 
-def check(config: Config, dims: Dims, backend: Backend) -> str:
+def check(config: Config, dims: Dims, backend: Backend, text: int = 0) -> str:
     """Return the plan as lines. Raises BackendError where the device's memory cannot hold it."""
-    plan = entries(config, dims, backend)
+    plan = entries(config, dims, backend, text)
     total, limit = sum(size for *_, size in plan), backend.memory()
     if limit is not None and total > SHARE * limit:
-        raise BackendError(_too_large(config, dims, backend, total, limit))
+        raise BackendError(_too_large(config, dims, backend, text, total, limit))
     cut = ShardPlan.of(config, dims, backend)
     parts = f"{cut.shards} x {cut.pieces} parts of up to {cut.rows:,} rows"
     lines = [f"memory: {_mb(total)}, the batch in {parts} (shards x pieces)"]
@@ -58,12 +69,14 @@ def check(config: Config, dims: Dims, backend: Backend) -> str:
     return "\n".join(lines)
 
 
-def _too_large(config: Config, dims: Dims, backend: Backend, total: int, limit: int) -> str:
+def _too_large(
+    config: Config, dims: Dims, backend: Backend, text: int, total: int, limit: int
+) -> str:
     """One line, with the largest batch that would fit."""
 
     def fits(batch_size: int) -> bool:
         smaller = Config.from_dict(config.to_dict(), [f"train.batch_size={batch_size}"])
-        return sum(size for *_, size in entries(smaller, dims, backend)) <= SHARE * limit
+        return sum(size for *_, size in entries(smaller, dims, backend, text)) <= SHARE * limit
 
     low, high = 0, config.train.batch_size  # fits(low) and not fits(high), once low > 0
     while high - low > 1:

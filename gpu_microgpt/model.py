@@ -17,14 +17,14 @@ from typing import Any
 from .activations import Activations, LayerActivations
 from .data.batch import Batch
 from .kv_cache import KVCache
-from .params import Params
+from .params import Params, Weights
 from .types import Array
 
 
 class GPT:
     """The weights, and the two passes over them. Memory for a pass comes with the call."""
 
-    def __init__(self, params: Params) -> None:
+    def __init__(self, params: Weights) -> None:
         """Run on these weights; they are shared, not copied."""
         self.params = params
         self.dims = params.dims
@@ -56,7 +56,10 @@ class GPT:
         return self._forward(memory, batch.tokens, batch.positions, attend)
 
     def decode(self, memory: Activations, tokens: Array, cache: KVCache) -> Array:
-        """Return logits (S, V) for one more token (S,) of every cached sequence."""
+        """Return logits (S, V) for one more token (S,) of every cached sequence, and cache it.
+
+        The caller counts: cache.lengths stay as they are.
+        """
         ops = memory.ops
 
         def attend(layer: int, s: LayerActivations) -> None:
@@ -64,9 +67,7 @@ class GPT:
             ops.cache_kv(keys, values, s.qkv, cache.sequences, cache.lengths)
             ops.attention_decode(s.att, s.qkv, keys, values, cache.lengths)
 
-        logits = self._forward(memory, tokens, cache.lengths, attend)
-        cache.lengths += 1
-        return logits
+        return self._forward(memory, tokens, cache.lengths, attend)
 
     def _forward(
         self,
@@ -76,7 +77,7 @@ class GPT:
         attend: Callable[[int, LayerActivations], None],
     ) -> Array:
         """The equations; `attend` says what a position sees."""
-        ops, a, w = memory.ops, memory.rows(len(tokens)), self.params
+        ops, a, w = memory.ops, memory.rows(len(tokens)), self.params.compute
         x = a.x0
         ops.embedding_rmsnorm(x, a.rstd0, tokens, positions, w.wte, w.wpe)
         for i, (s, layer) in enumerate(zip(a.layers, w.layers, strict=True)):
@@ -85,11 +86,10 @@ class GPT:
             attend(i, s)
             ops.linear_add(a.x_mid, s.att, layer.attn_wo, x)
             ops.rmsnorm(s.norm2, s.rstd2, a.x_mid)
-            ops.linear(s.hidden, s.norm2, layer.mlp_fc1)
-            ops.relu(s.hidden, s.hidden)
+            ops.linear_relu(s.hidden, s.mask, s.norm2, layer.mlp_fc1)
             ops.linear_add(a.x, s.hidden, layer.mlp_fc2, a.x_mid)
             x = a.x
-        ops.linear(a.logits, x, w.lm_head)
+        ops.linear(a.padded_logits, x, w.lm_head)
         return a.logits
 
     def backward(
@@ -101,13 +101,14 @@ class GPT:
 
         Mirrors forward from its last line to its first. The logits become their gradient.
         """
-        ops, a, w = memory.ops, memory.rows(len(batch.tokens)), self.params
+        ops, a, w = memory.ops, memory.rows(len(batch.tokens)), self.params.compute
         n_head = self.dims.n_head
         ops.cross_entropy_backward(a.logits, a.losses, a.logits, batch.targets, scale)
-        ops.linear_backward(a.dx, grads.lm_head, a.logits, a.x, w.lm_head, add)
+        ops.linear_backward(a.dx, grads.lm_head, a.padded_logits, a.x, w.lm_head, add)
         for s, layer, d in zip(a.layers[::-1], w.layers[::-1], grads.layers[::-1], strict=True):
-            ops.linear_backward(a.dhidden, d.mlp_fc2, a.dx, s.hidden, layer.mlp_fc2, add)
-            ops.relu_backward(a.dhidden, a.dhidden, s.hidden)
+            ops.relu_linear_backward(
+                a.dhidden, d.mlp_fc2, a.dx, s.hidden, s.mask, layer.mlp_fc2, add
+            )
             ops.linear_backward(a.dbranch, d.mlp_fc1, a.dhidden, s.norm2, layer.mlp_fc1, add)
             ops.rmsnorm_backward_add(a.dx, a.dbranch, s.norm2, s.rstd2)
             ops.linear_backward(a.dbranch, d.attn_wo, a.dx, s.att, layer.attn_wo, add)

@@ -10,7 +10,7 @@ import numpy as np
 from .backend import Backend
 from .config import OptimizerConfig
 from .ops import Ops
-from .params import Params
+from .params import Params, Weights
 
 
 class Optimizer:
@@ -20,13 +20,12 @@ class Optimizer:
     update depends on: rate, the two bias corrections, the clip scale.
     """
 
-    def __init__(self, config: OptimizerConfig, params: Params, backend: Backend) -> None:
+    def __init__(self, config: OptimizerConfig, params: Weights, backend: Backend) -> None:
         """Start with zero moments for these weights."""
         self.config, self.params, self.backend = config, params, backend
         self.m, self.v = Params(params.dims, backend), Params(params.dims, backend)
         self.norm = backend.zeros((1,), np.float64)
-        self.scalars = backend.zeros((4,), np.float64)
-        self.scalars[3] = 1
+        self.scalars = backend.from_host(np.array([0.0, 0.0, 0.0, 1.0]))
 
     def update(self, workers: Sequence[Ops], grads: Params, rate: float, step: int) -> None:
         """Update the weights with learning rate `rate`; `step` counts from 1.
@@ -39,12 +38,15 @@ class Optimizer:
         workers[0].global_norm(self.norm, grads.flat)
         if c.grad_clip:
             workers[0].clip_scale(self.scalars[3:], self.norm, c.grad_clip)
-        buffers = (self.params.flat, self.m.flat, self.v.flat, grads.flat)
         size = -(-len(grads.flat) // len(workers))
+        self.backend.run([
+            partial(self.apply, ops, grads, slice(i * size, (i + 1) * size))
+            for i, ops in enumerate(workers)
+        ])  # fmt: skip
 
-        def update(part: int) -> None:
-            p, m, v, g = (b[part * size : (part + 1) * size] for b in buffers)
-            ops = workers[part]
-            ops.adamw(p, m, v, None, g, self.scalars, beta1, beta2, c.eps, c.weight_decay)
-
-        self.backend.run([partial(update, part) for part in range(len(workers))])
+    def apply(self, ops: Ops, grads: Params, part: slice = slice(None)) -> None:
+        """Update that part of the weights by `scalars` as they are."""
+        c, copy = self.config, self.params.copy
+        params, m, v, g = (x.flat[part] for x in (self.params, self.m, self.v, grads))
+        rounded = None if copy is None else copy.flat[part]
+        ops.adamw(params, m, v, rounded, g, self.scalars, *c.betas, c.eps, c.weight_decay)

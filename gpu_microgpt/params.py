@@ -47,19 +47,27 @@ class Params:
     names to views.
     """
 
-    def __init__(self, dims: Dims, backend: Backend) -> None:
-        """Take zeroed memory on the backend."""
+    def __init__(self, dims: Dims, backend: Backend, dtype: Any = None) -> None:
+        """Take zeroed memory on the backend, of its master dtype unless another is given."""
         self.dims = dims
-        places, size = layout(dims)
-        self.flat: Array = backend.zeros((size,), backend.dtype)
+        vocab_rows = backend.pad_vocab(dims.vocab_size)
+        places, size = layout(dims, vocab_rows)
+        self.flat: Array = backend.zeros((size,), dtype or backend.master)
         self.named: dict[str, Array] = {
             name: self.flat[start : start + prod(shape)].reshape(shape)
             for name, (start, shape) in places.items()
         }
         self.wte = self.named["wte"]  # (V, C)
         self.wpe = self.named["wpe"]  # (T, C)
-        self.lm_head = self.named["lm_head"]  # (V, C)
+        start, _ = places["lm_head"]
+        padded = self.flat[start : start + vocab_rows * dims.n_embd]
+        self.lm_head = padded.reshape(vocab_rows, dims.n_embd)  # V rows, then zeros
         self.layers = [self._layer(f"layer{i}.", places) for i in range(dims.n_layer)]
+
+    @property
+    def compute(self) -> Params:
+        """What matrix products multiply with."""
+        return self
 
     def _layer(self, prefix: str, places: dict[str, tuple[int, tuple[int, int]]]) -> LayerParams:
         start, (rows, columns) = places[prefix + "attn_wq"]
@@ -68,23 +76,48 @@ class Params:
         return LayerParams(wqkv, *rest)
 
     def load(self, arrays: dict[str, np.ndarray[Any, Any]], backend: Backend) -> None:
-        """Copy named host arrays of the table's shapes into the views."""
+        """Copy named host arrays of the table's shapes into the views, rounded to their dtype."""
         for name, view in self.named.items():
-            view[...] = backend.from_host(arrays[name])
+            backend.upload(view, arrays[name].astype(view.dtype, copy=False))
 
     def to_host(self, backend: Backend, prefix: str = "") -> dict[str, np.ndarray[Any, Any]]:
         """Named host copies."""
         return {prefix + name: backend.to_host(view) for name, view in self.named.items()}
 
 
-def layout(dims: Dims) -> tuple[dict[str, tuple[int, tuple[int, int]]], int]:
-    """Where each tensor starts in the flat buffer and its shape, and the buffer's length."""
+class Weights(Params):
+    """The weights, and `copy`: the same in the dtype of the matrix products, where that is another
+    one (else None). An update of the weights writes both."""
+
+    def __init__(self, dims: Dims, backend: Backend) -> None:
+        """Take zeroed memory on the backend."""
+        super().__init__(dims, backend)
+        rounded = backend.dtype != backend.master
+        self.copy = Params(dims, backend, backend.dtype) if rounded else None
+
+    @property
+    def compute(self) -> Params:
+        """The copy, or the weights themselves."""
+        return self.copy or self
+
+    def load(self, arrays: dict[str, np.ndarray[Any, Any]], backend: Backend) -> None:
+        """Copy named host arrays of the table's shapes into both."""
+        super().load(arrays, backend)
+        if self.copy is not None:
+            self.copy.load(arrays, backend)
+
+
+def layout(dims: Dims, vocab_rows: int) -> tuple[dict[str, tuple[int, tuple[int, int]]], int]:
+    """Where each tensor starts in the flat buffer and its shape, and the buffer's length.
+
+    lm_head has room for `vocab_rows` rows, of which those beyond V are a gap like others.
+    """
     places, end = {}, 0
     for name, shape in table(dims):
         if not name.endswith(("attn_wk", "attn_wv")):  # these follow attn_wq without a gap
             end = -(-end // ALIGN) * ALIGN
         places[name] = (end, shape)
-        end += prod(shape)
+        end += vocab_rows * shape[1] if name == "lm_head" else prod(shape)
     return places, -(-end // ALIGN) * ALIGN
 
 

@@ -44,19 +44,18 @@ class Progress:
     ) -> None:
         """`step` steps are done: moves and labels the bar, or prints a line; every log interval.
 
-        loss in nats a token; ms_per_step in milliseconds.
+        loss in nats a token; ms_per_step in milliseconds, 0 where it is not known yet.
         """
+        speed = f"{tokens_per_second:,.0f} tokens/s"
         if self._lines:
             width = len(str(self._total))
             left = timedelta(seconds=round((self._total - step) * ms_per_step / 1000))
-            self.log(
-                f"step {step:{width}d}/{self._total}  loss {loss:.4f}  lr {lr:.2e}  "
-                f"{tokens_per_second:,.0f} tokens/s  {ms_per_step:.2f} ms/step  time left {left}"
-            )
+            line = f"step {step:{width}d}/{self._total}  loss {loss:.4f}  lr {lr:.2e}"
+            known = f"  {speed}  {ms_per_step:.2f} ms/step  time left {left}"
+            self.log(line + known if ms_per_step else line)
             return
-        self._bar.set_postfix_str(
-            f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False
-        )
+        label = f"loss {loss:.4f}, {speed}" if ms_per_step else f"loss {loss:.4f}"
+        self._bar.set_postfix_str(label, refresh=False)
         self.advance(step)
 
     def log(self, message: str) -> None:

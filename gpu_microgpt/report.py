@@ -3,48 +3,49 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from .backend import Backend
 from .errors import DivergedError
 from .metrics import Metrics
+from .profile import Profile
 from .progress import Progress
 from .run_folder import RunFolder
 from .text_model import join_texts
 
 RECENT = 50  # steps the closing mean of the training loss goes over
+LARGEST = 5  # rows of a profile that are told
 PICTURE = 256  # pixels an attention map has at least
 
 
 class Report:
     """Turns what was measured into lines, points and files.
 
-    Speed counts the time between `begin_step` and `end_step` only: no evaluation, no sampling.
+    Speed is that of the steps alone: no evaluation, no sampling.
     """
 
-    def __init__(self, metrics: Metrics, progress: Progress, folder: RunFolder) -> None:
-        """Write to these."""
+    def __init__(
+        self, metrics: Metrics, progress: Progress, folder: RunFolder, backend: Backend
+    ) -> None:
+        """Write to these of a run on this backend."""
+        self.backend = backend
         self.metrics, self.progress, self.folder = metrics, progress, folder
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.loss = math.nan  # of the last step recorded
-        self._seconds = self._flops = 0.0
-        self._steps = self._tokens = 0
-        self._since = time.perf_counter()
+        self._tokens = self._flops = self._milliseconds = 0.0
+        self._steps = 0
 
-    def begin_step(self) -> None:
-        """Start the clock of a step."""
-        self._since = time.perf_counter()
-
-    def end_step(self, tokens: int, flops: float) -> None:
-        """Stop it; the step worked on so many tokens and floating-point operations."""
-        self._seconds += time.perf_counter() - self._since
+    def count(self, tokens: float, flops: float, milliseconds: float) -> None:
+        """A step worked on so many tokens and floating-point operations, in that time (0: not
+        known)."""
         self._steps += 1
         self._tokens += tokens
         self._flops += flops
+        self._milliseconds += milliseconds
 
     def check(
         self, step: int, loss: float, norm: float, rate: float, advice: Callable[[], str]
@@ -59,23 +60,29 @@ class Report:
         self.recent.append(loss)
 
     def train(self, step: int, norm: float, rate: float) -> None:
-        """Report training: the last loss checked, and the speed since the last report."""
-        seconds, steps = max(self._seconds, 1e-9), max(self._steps, 1)
-        speed, milliseconds = self._tokens / seconds, 1e3 * seconds / steps
-        self.metrics.scalars(
-            step,
-            {
-                "loss/train": self.loss,
-                "lr": rate,
-                "grad_norm": norm,
-                "tokens_per_second": speed,
-                "ms_per_step": milliseconds,
-                "gflops": self._flops / seconds / 1e9,
-            },
-        )
+        """Report training: the last loss checked, and the speed of the steps since the last report
+        where it is known."""
+        scalars = {"loss/train": self.loss, "lr": rate, "grad_norm": norm}
+        speed = milliseconds = 0.0
+        if self._milliseconds:
+            seconds, milliseconds = self._milliseconds / 1e3, self._milliseconds / self._steps
+            speed, flops = self._tokens / seconds, self._flops / seconds
+            scalars |= {"tokens_per_second": speed, "ms_per_step": milliseconds}
+            scalars |= self._hardware(flops)
+        self.metrics.scalars(step, scalars)
         self.progress.update(step, self.loss, speed, milliseconds, rate)
-        self._seconds = self._flops = 0.0
-        self._steps = self._tokens = 0
+        self._tokens = self._flops = self._milliseconds = 0.0
+        self._steps = 0
+
+    def _hardware(self, flops: float) -> dict[str, float]:
+        """What `flops` a second are of the device, and how full its memory is."""
+        scalars = {"gflops": flops / 1e9}
+        peak, used = self.backend.peak_flops(), self.backend.memory_used()
+        if peak is not None:
+            scalars |= {"tflops": flops / 1e12, "share_of_peak": flops / peak}
+        if used is not None:
+            scalars["memory_mb"] = used / 1e6
+        return scalars
 
     def evaluation(self, step: int, loss: float) -> None:
         """Report the held-out loss, in nats a token."""
@@ -89,6 +96,16 @@ class Report:
         self.metrics.text(step, "samples", joined)
         path = self.folder.write_sample(step, joined)
         self.progress.log(f"step {step}: samples ({path})\n{joined}")
+
+    def profile(self, step: int, profile: Profile) -> None:
+        """Keep where the time of steps went, and tell where most of it did."""
+        if not profile.rows:
+            self.progress.log(f"step {step}: no profile, as only one step was done; wanted two")
+            return
+        table = profile.markdown()
+        self.metrics.text(step, "profile", table)
+        path = self.folder.write_profile(table, profile.to_json())
+        self.progress.log(f"step {step}: profile ({path})\n{profile.largest(LARGEST)}")
 
     def histograms(
         self, step: int, arrays: Mapping[str, Mapping[str, np.ndarray[Any, Any]]]

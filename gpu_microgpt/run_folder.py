@@ -19,7 +19,9 @@ from .errors import ConfigError, DataError, UserError
 from .settings import flatten
 
 Log = Callable[[str], None]
-MAY_DIFFER = ("resume", "run.", "train.stop_at", "threads", "backend", "sample.", "checkpoint.")
+MAY_DIFFER = (
+    "resume", "run.", "train.stop_at", "threads", "backend", "profile", "sample.", "checkpoint.",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -110,6 +112,11 @@ class RunFolder:
     def write_sample(self, step: int, text: str) -> Path:
         """Keep sample texts of a step."""
         return self._write(f"samples/step-{step:08d}.txt", text + "\n")
+
+    def write_profile(self, table: str, numbers: str) -> Path:
+        """Keep where the time of this session's steps went, as Markdown and as JSON."""
+        self._write("profile.json", numbers)
+        return self._write("profile.md", table)
 
     def _write(self, name: str, text: str) -> Path:
         """Write a text file whole or not at all. Raises UserError where the disk refuses."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from .backend import Backend, choose
+from .backend.cuda import CudaBackend
 from .checkpoint import State, find
 from .config import Config
 from .data.tokenizer import CharTokenizer
 from .dims import Dims
 from .errors import warn as warn_user
-from .generate import Generator, Sampling, Uniforms, philox_uniforms
+from .generate import Generator, PhiloxUniforms, Sampling, Uniforms
+from .graph_generate import GraphGenerator
 from .model import GPT
-from .params import Params
+from .params import Weights
 
 TOGETHER = 32  # texts written side by side: bounds the memory of their KV caches
 STREAM_TOKENS = 500  # default length where no document end stops a text
@@ -30,6 +33,7 @@ class TextModel:
     ) -> None:
         """Use these weights; they are shared, not copied."""
         self.gpt, self.tokenizer, self.config, self.backend = gpt, tokenizer, config, backend
+        self._kept: Generator | GraphGenerator | None = None  # while nobody writes with it
 
     def generate(
         self,
@@ -56,7 +60,7 @@ class TextModel:
         with self.backend:
             for first in range(0, len(numbered), TOGETHER):
                 part = numbered[first : first + TOGETHER]
-                uniforms = philox_uniforms(seed, [n for _, n in part])
+                uniforms = PhiloxUniforms(seed, [n for _, n in part])
                 texts += self.write([p for p, _ in part], sampling, uniforms)
         return texts
 
@@ -74,18 +78,17 @@ class TextModel:
         """Yield the same as `generate` for one prompt, character by character, samples in turn."""
         sampling = self.sampling(max_tokens, temperature, top_k, top_p)
         context = self._context(prompt)
-        with self.backend:
+        with self.backend, self._generator(1) as generator:
             for number in range(num_samples):
                 yield prompt
-                generator = Generator(self.gpt, self.backend, 1)
-                for tokens in generator.run([context], sampling, philox_uniforms(seed, [number])):
+                for tokens in generator.run([context], sampling, PhiloxUniforms(seed, [number])):
                     yield self.tokenizer.decode(tokens)
 
     def write(self, prompts: Sequence[str], sampling: Sampling, uniforms: Uniforms) -> list[str]:
         """Write one text a prompt, all side by side, within an active backend."""
-        generator = Generator(self.gpt, self.backend, len(prompts))
         contexts = [self._context(prompt) for prompt in prompts]
-        columns = np.array(list(generator.run(contexts, sampling, uniforms)))  # (length, S)
+        with self._generator(len(prompts)) as generator:
+            columns = np.array(list(generator.run(contexts, sampling, uniforms)))  # (length, S)
         return [
             prompt + self.tokenizer.decode(column[column >= 0])
             for prompt, column in zip(prompts, columns.T, strict=True)
@@ -101,6 +104,19 @@ class TextModel:
         ends = {"stop": bos} if documents else {"never": bos}
         return Sampling(max_tokens, temperature, top_k, top_p, **ends)
 
+    @contextmanager
+    def _generator(self, sequences: int) -> Iterator[Generator | GraphGenerator]:
+        """One for so many texts: the last one again where it fits, as on a GPU it has captured
+        graphs. Each has one user at a time, even where several streams are read in turn."""
+        generator, self._kept = self._kept, None
+        if generator is None or generator.sequences != sequences:
+            generator = None  # its memory is free before new memory is taken
+            generator = make_generator(self.gpt, self.backend, sequences)
+        try:
+            yield generator
+        finally:
+            self._kept = generator
+
     def _context(self, prompt: str) -> np.ndarray[Any, Any]:
         """Tokens to start from: BOS and the prompt, or in stream mode the prompt or a newline.
 
@@ -113,6 +129,13 @@ class TextModel:
             return ids
         newline = "\n" in self.tokenizer.characters
         return self.tokenizer.encode("\n" if newline else self.tokenizer.characters[0])
+
+
+def make_generator(model: GPT, backend: Backend, sequences: int) -> Generator | GraphGenerator:
+    """Take memory for writing so many texts side by side."""
+    if isinstance(backend, CudaBackend):
+        return GraphGenerator(model, backend, sequences)
+    return Generator(model, backend, sequences)
 
 
 def join_texts(texts: Sequence[str]) -> str:
@@ -142,6 +165,6 @@ def from_state(state: State) -> TextModel:
     config = Config.from_dict(state.meta["config"], here, source="checkpoint")
     tokenizer = CharTokenizer.from_dict(state.meta["tokenizer"])
     backend = choose(config)
-    params = Params(Dims.of(config.model, tokenizer.vocab_size), backend)
+    params = Weights(Dims.of(config.model, tokenizer.vocab_size), backend)
     params.load(state.weights, backend)
     return TextModel(GPT(params), tokenizer, config, backend)

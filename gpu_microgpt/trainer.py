@@ -17,18 +17,20 @@ from .data.corpus import Corpus, load_corpus
 from .data.dataset import Dataset
 from .data.tokenizer import CharTokenizer
 from .dims import Dims
-from .errors import DivergedError
+from .engine import Engine, make_engine
+from .errors import DeviceError, DivergedError
 from .metrics import Metrics
 from .model import GPT
-from .params import Params, initial_weights
+from .params import Weights, initial_weights
+from .profile import make_profiler
 from .progress import Progress
+from .readings import Readings
 from .report import Report
 from .rng import MicrogptRandom, Stream, normal
 from .run_folder import RunFolder, check_corpus, command, tensorboard_command
 from .schedule import learning_rate
 from .signals import StopSignals
 from .snapshot import Scores
-from .step import Step, mean_loss
 from .text_model import TextModel
 from .version import __version__
 
@@ -48,6 +50,7 @@ class Trainer:
         """
         state = self.folder.start(print)
         self.backend: Backend = choose(self.config)
+        self.profiler = make_profiler(self.backend, self.config.profile)
         print(f"backend: {self.backend.describe()}")
         self._build(state)
         self.start = state.step if state else 0
@@ -68,10 +71,13 @@ class Trainer:
             self.folder.write_settings(settings)
             signals = stack.enter_context(StopSignals())
             progress = stack.enter_context(Progress(self.total, initial=self.start))
-            self.report = Report(metrics, progress, self.folder)
+            self.report = Report(metrics, progress, self.folder, self.backend)
             metrics.text(self.start + (self.start > 0), "config", settings)
             metrics.hparams(self.config.to_dict(), ["loss/train", "loss/val"])
-            last = self._train(signals)
+            try:
+                last = self._train(signals)
+            except DeviceError as failure:
+                raise DeviceError(f"{failure}; {self._advice('')}") from None
         if signals.number is not None and last < self.end:
             print(f"stopped at step {last}, saved; go on with: {self._resume_command()}")
             return 128 + signals.number
@@ -99,11 +105,15 @@ class Trainer:
             f"{dataset.train.steps_per_epoch:,} steps an epoch"
         )
         print(f"model: {dims.num_params:,} parameters")
-        print(memory_plan.check(config, dims, self.backend))
-        self.model = GPT(Params(dims, self.backend))
-        self.step = Step.build(self.model, config, self.backend)
+        text = sum(split.nbytes for split in (dataset.train, dataset.val) if split)
+        print(memory_plan.check(config, dims, self.backend, text))
+        self.model = GPT(Weights(dims, self.backend))
+        self._writer = TextModel(self.model, dataset.tokenizer, config, self.backend)
+        self.engine: Engine = make_engine(
+            self.model, config, self.backend, dataset.train, self.total, self.profiler
+        )
         if state:
-            snapshot.restore(state, self.step.optimizer, self.backend)
+            snapshot.restore(state, self.engine.optimizer, self.backend)
             self.scores = Scores.from_meta(state.meta)
             print(f"resumed at step {state.step}")
         else:
@@ -144,23 +154,27 @@ class Trainer:
 
     def _train(self, signals: StopSignals) -> int:
         """Run the steps after `start`; return the last one done, which is saved."""
-        config, step = self.config, self.start
-        self._flushed = self._saved = step
+        step = self.start
+        self._saved = step
+        self.readings = Readings(
+            self.engine, self.report, self.config, self.model.dims, step, self.total, self._rate,
+            self._advice,
+        )  # fmt: skip
         stopped = False
         while step < self.end and not stopped:
             step += 1
-            self.report.begin_step()
-            batches = [
-                self.dataset.train.batch(step - 1, micro)
-                for micro in range(config.train.grad_accum)
-            ]
-            self.step.train(batches, self._rate(step), step)
-            rows = sum(int(batch.layout.offsets[-1]) for batch in batches)
-            sequences = sum(len(batch.layout.offsets) - 1 for batch in batches)
-            self.report.end_step(rows, self.model.dims.train_flops(rows, rows / sequences))
+            with self.profiler.step(step):
+                self.engine.train(step)
             self.report.progress.advance(step)
+            self._profile(step)
             stopped = self._after_step(step, signals)
+        self._profile(step, at_end=True)
         return step
+
+    def _profile(self, step: int, at_end: bool = False) -> None:
+        """Report where the time went once that is known."""
+        if profile := self.profiler.take(at_end):
+            self.report.profile(step, profile)
 
     def _after_step(self, step: int, signals: StopSignals) -> bool:
         """Whatever is due: log, evaluate, histograms, samples, checkpoint. True: asked to stop."""
@@ -171,19 +185,24 @@ class Trainer:
 
         evaluate = self.dataset.val is not None and (due(train.eval_interval) or at_end)
         save = due(self.config.checkpoint.interval) or step == self.end
-        full = step - self._flushed == len(self.step.records)
-        if due(train.log_interval) or full or save or evaluate:
-            self._flush(step)
+        self.readings.after(step)
+        if save or evaluate or at_end:
+            self.readings.flush(step)
         if due(train.histogram_interval):
-            self._histograms(step)
-        if evaluate and self._evaluate(step):
-            save = True
+            with self.profiler.range("histograms"):
+                self._histograms(step)
+        if evaluate:
+            with self.profiler.range("evaluation"):
+                save |= self._evaluate(step)
         if (due(train.sample_interval) or at_end) and self.config.sample.num:
-            self.report.samples(step, self._samples())
+            with self.profiler.range("samples"):
+                self.report.samples(step, self._samples())
+            self.engine.pause()
         stopped = signals.number is not None  # asked once, so that what is answered is also saved
         if save or stopped:
-            self._flush(step)
-            self._save(step)
+            self.readings.flush(step)
+            with self.profiler.range("checkpoint"):
+                self._save(step)
         return stopped
 
     def _rate(self, step: int) -> float:
@@ -191,20 +210,10 @@ class Trainer:
         config = self.config
         return learning_rate(config.schedule, config.optimizer.lr, step - 1, self.total)
 
-    def _flush(self, step: int) -> None:
-        """Read losses and norms of the steps since the last time; this waits for the device."""
-        records = self.backend.to_host(self.step.records)
-        for done in range(self._flushed + 1, step + 1):
-            loss, norm = (float(x) for x in records[done % len(records)])
-            self.report.check(done, loss, norm, self._rate(done), self._advice)
-            if done % self.config.train.log_interval == 0 or done == self.total:
-                self.report.train(done, norm, self._rate(done))
-        self._flushed = step
-
     def _evaluate(self, step: int) -> bool:
         """Report the held-out loss; True where it is the lowest so far."""
         assert self.dataset.val is not None
-        loss = mean_loss(self.step, self.dataset.val, self.config.train.eval_batches)
+        loss = self.engine.mean_loss(self.dataset.val, self.config.train.eval_batches)
         if not math.isfinite(loss):
             raise DivergedError(
                 f"step {step}: held-out loss {loss:g} at learning rate {self._rate(step):.3g}, "
@@ -218,7 +227,7 @@ class Trainer:
 
     def _samples(self) -> list[str]:
         wanted = self.config.sample
-        writer = TextModel(self.model, self.dataset.tokenizer, self.config, self.backend)
+        writer = self._writer
         if self.config.rng == "microgpt":  # one text after the other, from the one generator
             random = self._microgpt_random(self.model.dims)
 
@@ -241,13 +250,15 @@ class Trainer:
 
     def _histograms(self, step: int) -> None:
         """Distributions of weights and gradients, and attention over one held-out sequence."""
-        weights, grads = (p.to_host(self.backend) for p in (self.model.params, self.step.grads))
-        self.report.histograms(step, {"weights": weights, "gradients": grads})
-        memory, batch = self.step.shards[0].memory, self._longest_sequence()
-        self.model.forward(memory, batch)
+        weights = self.model.params.to_host(self.backend)
+        gradients = self.engine.gradients()
+        self.report.histograms(step, {"weights": weights, "gradients": gradients})
+        memory, batch = self.engine.memory, self._longest_sequence()
+        self.model.forward(memory, batch.to(self.backend.from_host))
         for i, layer in enumerate(memory.rows(len(batch.tokens)).layers):
             qkv = self.backend.to_host(layer.qkv)
             self.report.attention(step, i, qkv, self.model.dims.n_head)
+        self.engine.pause()
 
     def _longest_sequence(self) -> Batch:
         """The longest sequence of the first held-out (or training) batch, always the same."""
@@ -269,17 +280,17 @@ class Trainer:
             **self.scores.to_meta(step),
         }
         try:
-            state = snapshot.take(step, self.step.optimizer, self.backend, meta)
+            state = snapshot.take(step, self.engine.optimizer, self.backend, meta)
         except DivergedError as failure:
             rate = f"at learning rate {self._rate(step):.3g}, not saved"
             raise DivergedError(f"{failure} {rate}: lower optimizer.lr; {self._advice()}") from None
         self.folder.save(state)
         self._saved = step
 
-    def _advice(self) -> str:
+    def _advice(self, change: str = " optimizer.lr=LOWER") -> str:
         if self._saved == 0:
             return "no checkpoint was saved yet"
-        again = f"{self._resume_command()} optimizer.lr=LOWER"
+        again = f"{self._resume_command()}{change}"
         return f"the checkpoint of step {self._saved} is kept; go on with: {again}"
 
     def _resume_command(self) -> str:

@@ -11,7 +11,7 @@ from gpu_microgpt.backend.numpy import NumpyBackend
 from gpu_microgpt.data.batch import Batch, Layout, pack
 from gpu_microgpt.dims import Dims
 from gpu_microgpt.model import GPT
-from gpu_microgpt.params import Params, table
+from gpu_microgpt.params import Params, Weights, table
 
 # sizes L H C T V and the lengths of the sequences of one or several micro-batches
 CASES = {
@@ -27,7 +27,7 @@ CASES = {
 def make_model(dims: Dims, dtype: str = "fp64", std: float = 0.4) -> tuple[NumpyBackend, GPT]:
     """A model with random weights: of one value in both dtypes, but for rounding."""
     backend = NumpyBackend(dtype)
-    params = Params(dims, backend)
+    params = Weights(dims, backend)
     draw = np.random.default_rng(dims.n_embd)
     weights = {name: draw.normal(0, std, shape) for name, shape in table(dims)}
     params.load({name: w.astype(backend.dtype) for name, w in weights.items()}, backend)
@@ -86,4 +86,4 @@ def poison(memory: Activations) -> None:
     arrays = [x for x in vars(rows).values() if isinstance(x, np.ndarray)]
     arrays += [x for layer in rows.layers for x in vars(layer).values()]
     for x in arrays:
-        x.fill(np.nan)
+        x.fill(np.nan if x.dtype.kind == "f" else 0xFF)

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_microgpt.backend.numpy import NumpyBackend
 from gpu_microgpt.dims import Dims
-from gpu_microgpt.ops import Ops, make_ops, workspace_bytes
+from gpu_microgpt.ops import Ops
 
 GUARD = 3  # rows around every output that must stay as they are
 NAMES = {"float32": "fp32", "float64": "fp64"}
@@ -23,8 +23,7 @@ def planned_ops(
     """Operations for these sizes; every byte of scratch is 0xFF, which reads as NaN."""
     backend = NumpyBackend(NAMES[dtype])
     dims = Dims(1, heads, channels, block_size, vocab)
-    size = workspace_bytes(dims, rows, backend.dtype.itemsize)
-    return make_ops(backend, np.full(size, 0xFF, np.uint8))
+    return backend.ops(np.full(backend.workspace_bytes(dims, rows), 0xFF, np.uint8))
 
 
 def normal(dtype: str, *shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:

@@ -19,7 +19,9 @@ from gpu_microgpt.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 LETTERS = "abcdefgh"
-MEASURED = ("tokens_per_second", "ms_per_step", "gflops")  # differ from run to run
+MEASURED = {  # differ from run to run
+    "tokens_per_second", "ms_per_step", "gflops", "tflops", "share_of_peak", "memory_mb",
+}  # fmt: skip
 PER_SESSION = ("config", "_hparams_")  # written anew by every session
 SETTINGS: dict[str, Any] = {
     "threads": 1,

@@ -7,7 +7,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from gpu_microgpt import activations
 from gpu_microgpt.activations import MAX_VIEWS, Activations, plan
 from gpu_microgpt.arena import ALIGN, array_bytes, carve
 from gpu_microgpt.backend.numpy import NumpyBackend
@@ -15,7 +14,6 @@ from gpu_microgpt.data.batch import Batch
 from gpu_microgpt.dims import Dims
 from gpu_microgpt.kv_cache import KVCache
 from gpu_microgpt.model import GPT
-from gpu_microgpt.ops import workspace_bytes
 from tests.model_cases import losses_and_grads, make_batch, make_model
 
 SIZES = [(Dims(1, 1, 1, 1, 3), 1), (Dims(2, 3, 9, 7, 5), 33), (Dims(3, 2, 8, 16, 700), 31)]
@@ -42,7 +40,8 @@ class RecordingBackend(NumpyBackend):
 def arrays_of(memory: Activations) -> list[np.ndarray]:
     """Each array of the arena once, whole."""
     rows = memory.rows(memory.capacity)
-    found = [x for x in vars(rows).values() if isinstance(x, np.ndarray)]
+    plain = vars(rows) | {"logits": None}  # a view of padded_logits
+    found = [x for x in plain.values() if isinstance(x, np.ndarray)]
     for layer in rows.layers if memory.training else rows.layers[:1]:
         found += vars(layer).values()
     return found
@@ -54,22 +53,22 @@ def arrays_of(memory: Activations) -> list[np.ndarray]:
 def test_plan_is_what_is_taken(dims, rows, dtype, training):
     backend = RecordingBackend(dtype)
     memory = Activations(dims, rows, backend, training)
-    planned = plan(dims, rows, backend.dtype.itemsize, training)
-    assert memory.nbytes == sum(size for _, _, size in planned)
+    planned = plan(dims, rows, backend, training)
+    assert memory.nbytes == sum(size for *_, size in planned)
     assert backend.asked == [((memory.nbytes,), "uint8")]
-    shapes = sorted(shape for name, shape, _ in planned if name != "workspace")
+    shapes = sorted(shape for name, shape, *_ in planned if name != "workspace")
     assert sorted(x.shape for x in arrays_of(memory)) == shapes
-    assert {x.dtype for x in arrays_of(memory)} == {backend.dtype}
-    assert planned[-1][2] == workspace_bytes(dims, rows, backend.dtype.itemsize)
+    assert {x.dtype for x in arrays_of(memory) if x.size} == {backend.dtype}
+    assert planned[-1][3] == backend.workspace_bytes(dims, rows)
 
 
 def test_plan_names_each_array_once():
-    names = [name for name, _, _ in plan(Dims(2, 1, 4, 3, 5), 7, 4, True)]
-    assert len(names) == len(set(names)) == 6 + 2 * 8 + 4 + 1
-    kept = ["norm1", "rstd1", "qkv", "att", "lse", "norm2", "rstd2", "hidden"]
+    names = [name for name, *_ in plan(Dims(2, 1, 4, 3, 5), 7, NumpyBackend(), True)]
+    assert len(names) == len(set(names)) == 6 + 2 * 9 + 4 + 1
+    kept = ["norm1", "rstd1", "qkv", "att", "lse", "norm2", "rstd2", "hidden", "mask"]
     assert [n for n in names if n.startswith("layer1.")] == [f"layer1.{n}" for n in kept]
-    small = {name for name, _, _ in plan(Dims(2, 1, 4, 3, 5), 7, 4, False)}
-    assert len(small) == 6 + 8 + 1
+    small = {name for name, *_ in plan(Dims(2, 1, 4, 3, 5), 7, NumpyBackend(), False)}
+    assert len(small) == 6 + 9 + 1
     assert not small & {"dx", "dbranch", "dqkv", "dhidden", "layer1.att"}
 
 
@@ -204,6 +203,6 @@ def test_workspace_is_enough_at_random_sizes(seed):
 
 
 def test_a_plan_that_is_too_small_is_noticed(monkeypatch):
-    monkeypatch.setattr(activations, "workspace_bytes", lambda *_: 64)
+    monkeypatch.setattr(NumpyBackend, "workspace_bytes", lambda *_: 64)
     with pytest.raises(MemoryError, match="arena: got 64 bytes"):
         pass_everything(Dims(1, 2, 8, 5, 7), [5, 3], "fp32")

@@ -14,9 +14,9 @@ from gpu_microgpt.config import ModelConfig
 from gpu_microgpt.data.batch import pack
 from gpu_microgpt.dims import Dims
 from gpu_microgpt.errors import UserError
-from gpu_microgpt.generate import Generator, Sampling, philox_uniforms
+from gpu_microgpt.generate import Generator, PhiloxUniforms, Sampling
 from gpu_microgpt.model import GPT
-from gpu_microgpt.params import Params
+from gpu_microgpt.params import Weights
 
 V = 11
 BOS = V - 1
@@ -30,7 +30,7 @@ def make(block_size: int, dtype: str = "fp64", n_layer: int = 2) -> tuple[GPT, N
     """
     shape = ModelConfig(n_layer=n_layer, n_head=2, n_embd=8, block_size=block_size)
     dims, backend = Dims.of(shape, V), NumpyBackend(dtype, threads=1)
-    params = Params(dims, backend)
+    params = Weights(dims, backend)
     draw = np.random.default_rng(block_size)
     for array in params.named.values():
         array[...] = draw.normal(size=array.shape, scale=0.7)
@@ -118,7 +118,7 @@ def test_same_texts_as_the_slow_loop(block_size: int, sampling: Sampling) -> Non
     model, backend = make(block_size)
     given = contexts([1, 3, block_size, 20, block_size + 1, 1])
     numbers = range(10, 16)
-    uniforms = philox_uniforms(7, numbers)
+    uniforms = PhiloxUniforms(7, numbers)
     with backend:
         got = columns(list(Generator(model, backend, 6).run(given, sampling, uniforms)))
         draws = np.array([uniforms(i) for i in range(sampling.max_tokens)])
@@ -148,7 +148,7 @@ def test_logits_of_the_cache(
 
     monkeypatch.setattr(GPT, "decode", watch)
     given, sampling = contexts([1, 5, block_size]), Sampling(20)
-    uniforms = philox_uniforms(1, range(3))
+    uniforms = PhiloxUniforms(1, range(3))
     with backend:
         tokens = columns(list(Generator(model, backend, 3).run(given, sampling, uniforms)))
         for i, context in enumerate(given):
@@ -171,13 +171,11 @@ def test_a_token_costs_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(GPT, "_forward", count)
     with backend:
-        uniforms = philox_uniforms(0, range(2))
+        uniforms = PhiloxUniforms(0, range(2))
         list(Generator(model, backend, 2).run(contexts([4, 2]), Sampling(5), uniforms))
         assert rows == [6, 2, 2, 2, 2]
         rows.clear()
-        list(
-            Generator(model, backend, 1).run(contexts([1]), Sampling(400), philox_uniforms(0, [0]))
-        )
+        list(Generator(model, backend, 1).run(contexts([1]), Sampling(400), PhiloxUniforms(0, [0])))
     assert sum(rows) <= 2 * 400
 
 
@@ -186,20 +184,20 @@ def test_prompts_are_read_within_the_memory(sequences: int) -> None:
     """More prompt tokens than rows of memory: read in parts, in whatever order they fit."""
     model, backend = make(8)
     given = contexts([1 + (5 * i) % 12 for i in range(sequences)])
-    sampling, uniforms = Sampling(12, stop=BOS), philox_uniforms(2, range(sequences))
+    sampling, uniforms = Sampling(12, stop=BOS), PhiloxUniforms(2, range(sequences))
     with backend:
         together = columns(
             list(Generator(model, backend, sequences).run(given, sampling, uniforms))
         )
         for i, context in enumerate(given):
-            alone = Generator(model, backend, 1).run([context], sampling, philox_uniforms(2, [i]))
+            alone = Generator(model, backend, 1).run([context], sampling, PhiloxUniforms(2, [i]))
             assert columns(list(alone)) == [together[i]]
 
 
 def test_a_generator_can_be_used_again() -> None:
     """What an earlier text left in the cache does not show."""
     model, backend = make(4)
-    uniforms = philox_uniforms(0, range(2))
+    uniforms = PhiloxUniforms(0, range(2))
     with backend:
         once = Generator(model, backend, 2)
         first = columns(list(once.run(contexts([3, 2]), Sampling(9), uniforms)))
@@ -215,7 +213,7 @@ def test_ended_texts_are_marked_and_all_ended_is_the_end() -> None:
             Generator(model, backend, count).run(
                 contexts([1] * count),
                 Sampling(500, 5.0, stop=BOS),
-                philox_uniforms(0, range(count)),
+                PhiloxUniforms(0, range(count)),
             )
         )
     assert len(steps) < 500
@@ -228,13 +226,13 @@ def test_ended_texts_are_marked_and_all_ended_is_the_end() -> None:
 
 
 def test_uniforms_depend_on_seed_and_number_only() -> None:
-    one, other = philox_uniforms(3, [4, 9]), philox_uniforms(3, [9])
+    one, other = PhiloxUniforms(3, [4, 9]), PhiloxUniforms(3, [9])
     for position in (0, 1, 255, 256, 1000):
         assert one(position)[1] == other(position)[0]
     draws = np.array([one(position) for position in range(600)])
     assert len(np.unique(draws)) == draws.size
     assert 0.4 < draws.mean() < 0.6
-    assert philox_uniforms(5, [4])(0) != one(0)[0]
+    assert PhiloxUniforms(5, [4])(0) != one(0)[0]
 
 
 @pytest.mark.parametrize(

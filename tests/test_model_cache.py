@@ -50,6 +50,7 @@ def test_prefill_and_decode_are_the_full_forward(dtype):
     for t in range(9):
         tokens = np.array([text[n + t] for text, n in zip(texts, lengths, strict=True)], np.int32)
         logits = model.decode(memory, tokens, cache)
+        cache.lengths += 1
         for s, n in enumerate(lengths):
             assert np.abs(logits[s] - expected[s][n + t]).max() < TOLERANCE[dtype]
     assert cache.lengths.tolist() == [len(t) for t in texts]
@@ -63,6 +64,7 @@ def test_decode_from_nothing(dtype):
     expected = [full_logits(model, backend, t.tolist()) for t in texts]
     for t in range(20):
         logits = model.decode(memory, np.array([text[t] for text in texts], np.int32), cache)
+        cache.lengths += 1
         for s in range(2):
             assert np.abs(logits[s] - expected[s][t]).max() < TOLERANCE[dtype]
 

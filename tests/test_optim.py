@@ -6,9 +6,8 @@ import pytest
 from gpu_microgpt.backend.numpy import NumpyBackend
 from gpu_microgpt.config import OptimizerConfig
 from gpu_microgpt.dims import Dims
-from gpu_microgpt.ops import make_ops, workspace_bytes
 from gpu_microgpt.optim import Optimizer
-from gpu_microgpt.params import Params
+from gpu_microgpt.params import Params, Weights
 
 DIMS = Dims(2, 3, 9, 5, 7)  # odd sizes: many gaps in the flat buffers
 STEPS = 7
@@ -30,8 +29,8 @@ dtypes = pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 
 
 def workers(backend: NumpyBackend, count: int):
-    size = workspace_bytes(DIMS, 1, backend.dtype.itemsize)
-    return [make_ops(backend, np.full(size, 0xFF, np.uint8)) for _ in range(count)]
+    size = backend.workspace_bytes(DIMS, 1)
+    return [backend.ops(np.full(size, 0xFF, np.uint8)) for _ in range(count)]
 
 
 def rates(step: int) -> float:
@@ -48,7 +47,7 @@ def draws(seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
 def run(config: OptimizerConfig, dtype: str, count: int = 1):
     """Parameters, optimizer and gradients after a few steps, and every norm."""
     backend = NumpyBackend(dtype)
-    params, grads = Params(DIMS, backend), Params(DIMS, backend)
+    params, grads = Weights(DIMS, backend), Params(DIMS, backend)
     params.load(draws(0), backend)
     optimizer, norms = Optimizer(config, params, backend), []
     with backend:
@@ -124,7 +123,7 @@ def test_any_number_of_workers_gives_the_same_bits(dtype, count):
 def test_the_first_step_is_the_rate_whatever_the_gradient():
     """With both biases corrected m / sqrt(v) is 1 or -1 at step 1."""
     backend = NumpyBackend("fp64")
-    params, grads = Params(DIMS, backend), Params(DIMS, backend)
+    params, grads = Weights(DIMS, backend), Params(DIMS, backend)
     draw = np.random.default_rng(0)
     for view in grads.named.values():
         view[...] = draw.choice([-100, -1e-3, 1e-3, 100], view.shape)

@@ -6,7 +6,7 @@ import pytest
 from gpu_microgpt.backend.numpy import NumpyBackend
 from gpu_microgpt.config import ModelConfig
 from gpu_microgpt.dims import Dims
-from gpu_microgpt.params import ALIGN, Params, initial_weights, table
+from gpu_microgpt.params import ALIGN, Params, Weights, initial_weights, table
 
 SIZES = [Dims(1, 1, 1, 1, 3), Dims(2, 3, 6, 5, 7), Dims(1, 4, 16, 16, 27), Dims(3, 2, 8, 64, 65)]
 sizes = pytest.mark.parametrize("dims", SIZES)
@@ -134,6 +134,47 @@ def test_load_refuses_a_missing_name():
     del weights["layer1.mlp_fc2"]
     with pytest.raises(KeyError, match=r"layer1\.mlp_fc2"):
         Params(dims, backend).load(weights, backend)
+
+
+class PaddedBackend(NumpyBackend):
+    """Keeps weights in float64, multiplies in float32, and pads the vocabulary, as a GPU might."""
+
+    def __init__(self) -> None:
+        super().__init__("fp32")
+        self.master = np.dtype(np.float64)
+
+    def pad_vocab(self, vocab_size: int) -> int:
+        return -(-vocab_size // 8) * 8
+
+
+@sizes
+def test_lm_head_is_padded_with_rows_of_zeros(dims):
+    backend = PaddedBackend()
+    params = Params(dims, backend)
+    params.load(numbered(dims), backend)
+    rows = backend.pad_vocab(dims.vocab_size)
+    assert rows > dims.vocab_size
+    assert params.lm_head.shape == (rows, dims.n_embd)
+    assert np.array_equal(params.lm_head[: dims.vocab_size], params.named["lm_head"])
+    assert not params.lm_head[dims.vocab_size :].any()
+    assert params.flat.sum() == sum(w.sum() for w in numbered(dims).values())  # nothing overlaps
+
+
+@sizes
+def test_weights_are_kept_and_multiplied_in_dtypes_of_their_own(dims):
+    backend = PaddedBackend()
+    weights = Weights(dims, backend)
+    exact = {name: w + 2.0**-40 for name, w in numbered(dims).items()}
+    weights.load(exact, backend)
+    assert weights.compute is weights.copy
+    assert weights.flat.shape == weights.compute.flat.shape
+    for name, w in exact.items():
+        assert np.array_equal(weights.named[name], w)
+        assert weights.compute.named[name].dtype == np.float32
+        assert np.array_equal(weights.compute.named[name], w.astype(np.float32))
+    same = Weights(dims, NumpyBackend("fp32"))
+    assert same.compute is same
+    assert same.copy is None
 
 
 @sizes

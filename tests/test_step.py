@@ -12,7 +12,8 @@ from gpu_microgpt.config import Config, OptimizerConfig
 from gpu_microgpt.data.batch import Batch, pack
 from gpu_microgpt.dims import Dims
 from gpu_microgpt.optim import Optimizer
-from gpu_microgpt.step import Shard, ShardPlan, Step, mean_loss
+from gpu_microgpt.params import Params
+from gpu_microgpt.step import Shard, ShardPlan, Shards, Step
 from tests.model_cases import ignoring, losses_and_grads, make_batch, make_model
 
 DIMS = Dims(2, 3, 9, 12, 7)
@@ -25,8 +26,9 @@ def make_step(
     dims=DIMS, dtype="fp64", shards=1, pieces=1, capacity=100, optimizer=ADAM, ring=8, std=0.4
 ) -> Step:
     backend, model = make_model(dims, dtype, std)
-    parts = [Shard(model, capacity, backend) for _ in range(shards)]
-    return Step(model, Optimizer(optimizer, model.params, backend), parts, pieces, backend, ring)
+    parts = [Shard(model, capacity, backend, Params(dims, backend)) for _ in range(shards)]
+    optimizer_ = Optimizer(optimizer, model.params, backend)
+    return Step(model, optimizer_, Shards(parts, pieces, backend), backend, ring)
 
 
 def batches_of(steps=RAGGED, vocab=7) -> list[list[Batch]]:
@@ -66,9 +68,10 @@ def test_one_step_is_forward_backward_update(dtype):
     with backend:
         (losses,), grads = losses_and_grads(model, backend, [batch])
         optimizer = Optimizer(ADAM, model.params, backend)
-        optimizer.update([step.shards[0].memory.ops], grads, 0.03, 1)
+        optimizer.update([step.shards.shards[0].memory.ops], grads, 0.03, 1)
     assert step.model.params.flat.tobytes() == model.params.flat.tobytes()
-    loss, norm = step.records[1]
+    loss, norm, count = step.records[1]
+    assert count == 19
     assert loss == pytest.approx(losses.sum(dtype=float) / 19, rel=1e-14)
     assert norm == optimizer.norm[0] > ADAM.grad_clip
     assert np.array_equal(step.grads.flat, grads.flat)  # as they were before clipping
@@ -131,10 +134,10 @@ def test_build_takes_what_the_config_says():
     backend, model = make_model(Dims.of(config.model, 27))
     step = Step.build(model, config, backend)
     plan = ShardPlan.of(config, model.dims, backend)
-    assert len(step.shards) == plan.shards
-    assert step.pieces == plan.pieces
-    assert {shard.memory.capacity for shard in step.shards} == {plan.rows}
-    assert step.records.shape == (5, 2)
+    assert len(step.shards.shards) == plan.shards
+    assert step.shards.pieces == plan.pieces
+    assert {shard.memory.capacity for shard in step.shards.shards} == {plan.rows}
+    assert step.records.shape == (5, 3)
     assert step.optimizer.config == config.optimizer
     assert step.optimizer.params is model.params
 
@@ -148,9 +151,9 @@ def test_mean_loss_weighs_every_target_alike():
             return iter(batches[: limit or 2])
 
     with step.backend:
-        sums = [step.evaluate(batch) for batch in batches]
-        assert mean_loss(step, Two()) == pytest.approx(sum(sums) / 27, rel=1e-14)
-        assert mean_loss(step, Two(), 1) == pytest.approx(sums[0] / 24, rel=1e-14)
+        sums = [step.shards.evaluate(batch) for batch in batches]
+        assert step.shards.mean_loss(Two()) == pytest.approx(sum(sums) / 27, rel=1e-14)
+        assert step.shards.mean_loss(Two(), 1) == pytest.approx(sums[0] / 24, rel=1e-14)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -202,7 +205,7 @@ def test_evaluation_sums_the_losses_and_changes_nothing(shards, pieces):
     model.params.flat[...] = step.model.params.flat
     (losses,), _ = losses_and_grads(model, backend, [batch])
     with step.backend:
-        assert step.evaluate(batch) == pytest.approx(losses.sum(), rel=1e-14)
+        assert step.shards.evaluate(batch) == pytest.approx(losses.sum(), rel=1e-14)
     assert state(step) == before
 
 

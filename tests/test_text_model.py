@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,15 @@ def test_stream_is_generate(model: TextModel, prompt: str) -> None:
     assert "".join(pieces) == "".join(model.generate(prompt, **options))
     assert pieces[0] == prompt
     assert all(len(piece) <= 1 for piece in pieces[1:] if piece != prompt)
+
+
+def test_streams_read_in_turn(model: TextModel) -> None:
+    """None disturbs the other, whatever was written before."""
+    options: dict[str, Any] = {"num_samples": 2, "max_tokens": 20}
+    wanted = [list(model.stream("ab", seed=seed, **options)) for seed in range(2)]
+    streams = [model.stream("ab", seed=seed, **options) for seed in range(2)]
+    got = zip(*zip_longest(*streams), strict=True)
+    assert [[piece for piece in pieces if piece is not None] for pieces in got] == wanted
 
 
 def test_greedy(model: TextModel) -> None:

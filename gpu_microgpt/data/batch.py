@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -61,6 +61,12 @@ class Batch:
     positions: Array  # (N,) int32
     layout: Layout
     num_targets: int  # targets >= 0, on the host
+
+    def to(self, move: Callable[[np.ndarray], Array]) -> Batch:
+        """The batch with its arrays moved to a device by `move`."""
+        layout = Layout(move(self.layout.offsets), self.layout.runs)
+        tokens, targets = move(self.tokens), move(self.targets)
+        return Batch(tokens, targets, move(self.positions), layout, self.num_targets)
 
     def split(self, parts: int) -> list[Batch]:
         """Cut a host batch into views of whole sequences, as even in rows as such cuts allow.

@@ -76,6 +76,11 @@ class Split:
         return -(-self.samples // (train.batch_size * train.grad_accum))
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its tokens, and of where its samples lie."""
+        return self.flat.nbytes + self.starts.nbytes + self.lengths.nbytes
+
+    @property
     def choices(self) -> int:
         """What `data.order: random` draws from: every place a window fits, or the samples."""
         return len(self.flat) - self.config.model.block_size if self.windows else self.samples
@@ -96,12 +101,16 @@ class Split:
     def batches(self, limit: int = 0) -> Iterator[Batch]:
         """The whole split in batches, each target once; or, where that would be more than `limit`
         batches, always the same `limit` of them, drawn from all over it."""
+        return map(self._gather, self.items(limit))
+
+    def items(self, limit: int = 0) -> Iterator[np.ndarray]:
+        """The samples of each of those batches, (up to batch_size,) int64."""
         size, total = self.config.train.batch_size, len(self.starts)
         items = np.arange(total)
         if 0 < limit * size < total:
             items = permute(items[: limit * size], total, self.config.seed, Stream.EVAL)
         for first in range(0, len(items), size):
-            yield self._gather(items[first : first + size])
+            yield items[first : first + size]
 
     def draw(self, first: int, count: int) -> np.ndarray:
         """Numbers first .. first + count - 1 of the endless sequence; (count,) int64."""

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from gpu_microgpt.generate import philox_uniforms
+from gpu_microgpt.generate import PhiloxUniforms
 from tests.op_cases import normal, planned_ops
 
 MANY = 20_000
@@ -133,8 +133,7 @@ def test_philox_draws_are_those_of_the_texts(dtype):
     numbers, positions = np.array([5, 0, 5, 31], np.int32), np.array([0, 300, 7, 7], np.int32)
     heat = (0.8, 20, 0.95)
     uniforms = [
-        philox_uniforms(seed, [number])(at)[0]
-        for number, at in zip(numbers, positions, strict=True)
+        PhiloxUniforms(seed, [number])(at)[0] for number, at in zip(numbers, positions, strict=True)
     ]
     wanted = draw(dtype, logits, uniforms, *heat)
     for rows in (np.arange(4), np.array([3, 1])):
