@@ -161,7 +161,7 @@ def load(
 def from_state(state: State) -> TextModel:
     """A checkpoint's weights, tokenizer and settings as a model, on whatever backend there is."""
     double = state.weights["wte"].dtype == np.float64
-    here = ["backend=auto", f"dtype={'fp64' if double else 'auto'}"]
+    here = ["backend=auto", "device=0", f"dtype={'fp64' if double else 'auto'}"]
     config = Config.from_dict(state.meta["config"], here, source="checkpoint")
     tokenizer = CharTokenizer.from_dict(state.meta["tokenizer"])
     backend = choose(config)

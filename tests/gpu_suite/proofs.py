@@ -1,0 +1,111 @@
+"""The parts that prove: tests on the GPU, and kernels under a memory checker."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu_suite.parts import ROOT, end
+from tests.gpu_suite.results import Results
+
+# test bodies that run in several places are named after them: [gpu]
+ON_GPU = ("tests/cuda", "tests/cuda_on_cpu", "tests/backend", "-k", "gpu")
+DRY = ("tests/cuda/test_relu.py", "-k", "small and lifo")
+TOOLS = ("memcheck", "racecheck")
+DRY_STEMS = ("relu",)
+NOT_HERE = "Device not supported"  # what the checker says where it cannot look into the GPU
+
+
+class Progress:
+    """Counts tests as they end, so that what was done is known even of a part that was stopped."""
+
+    def __init__(self, results: Results) -> None:
+        self._results, self._counts = results, {"passed": 0, "failed": 0, "skipped": 0}
+        self._written = 0.0
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._results.put("selected", len(session.items))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.passed:
+            return
+        self._counts[report.outcome] += 1
+        if report.failed:
+            last = (report.longreprtext.strip().splitlines() or ["no message"])[-1]
+            self._results.fail(f"{report.nodeid}: {last}")
+        if report.failed or time.monotonic() > self._written + 0.5:
+            self.write()
+
+    def write(self) -> None:
+        self._written = time.monotonic()
+        self._results.put("counts", dict(self._counts))
+
+
+def tests(results: Results, dry_run: bool) -> None:
+    """All tests that run on a GPU."""
+    os.chdir(ROOT)
+    progress = Progress(results)
+    options = ["-q", "-p", "no:cacheprovider", "--no-header", "-x" if dry_run else "--tb=short"]
+    code = pytest.main([*(DRY if dry_run else ON_GPU), *options], plugins=[progress])
+    progress.write()
+    if code and not results.failed:
+        results.fail(f"pytest: {pytest.ExitCode(code).name.lower().replace('_', ' ')}")
+
+
+def sanitizer(results: Results, dry_run: bool) -> None:
+    """Every kernel under compute-sanitizer, as far as time allows."""
+    tool = _compute_sanitizer()
+    if tool is None:
+        results.skip("compute-sanitizer is not here (it comes with the CUDA toolkit)")
+        return
+    which = ["--emulated", *DRY_STEMS] if dry_run else []
+    kernels = [sys.executable, "-m", "tests.gpu_suite.small", *which]
+    for i, kind in enumerate(TOOLS):
+        limit = (results.left() - 2) / (len(TOOLS) - i)
+        command = [tool, "--tool", kind, "--error-exitcode", "9", *kernels]
+        row = _checked(command, limit)
+        results.put(kind, {"done": row["done"], "seconds": row["seconds"]})
+        if NOT_HERE in row["output"]:
+            results.skip(f"{kind}: compute-sanitizer says: {NOT_HERE}")
+        elif row["code"] is None:
+            results.skip(f"{kind}: stopped after {limit:.0f} s, clean so far")
+        elif row["code"]:
+            said = [x for x in row["output"].splitlines() if x.startswith("=========")]
+            results.fail(f"{kind}: {'; '.join(x.strip('= ') for x in said[1:4]) or row['output']}")
+
+
+def _checked(command: list[str], limit: float) -> dict[str, Any]:
+    """Run it; its code (None: out of time), all it said, and which kernels it came to."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+") as file:  # a pipe would wait for the checker's children
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            end(process)
+        file.seek(0)
+        output = file.read()
+    done = [x.partition(":")[0] for x in output.splitlines() if x.endswith(": done")]
+    return {"code": code, "output": output, "done": done, "seconds": time.monotonic() - start}
+
+
+def _compute_sanitizer() -> str | None:
+    """Where it is: in the path, or in a CUDA toolkit."""
+    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [Path(home) / "bin" for home in (*homes, "/usr/local/cuda") if home]
+    return shutil.which("compute-sanitizer") or next(
+        (found for place in places if (found := shutil.which("compute-sanitizer", path=place))),
+        None,
+    )
