@@ -38,8 +38,8 @@ class Setting:
             raise UserError(f"{case}: no such case; wanted one of {', '.join(CASES)}")
         name, differ = CASES[case]
         # a rate that no size diverges at: the subnormal numbers that follow slow products down
-        rate = ["optimizer.lr=1e-4", "schedule.min_lr=0"]
-        self.config = Config.load(name, [*differ, *rate, *overrides])
+        same = ["backend=numpy", "optimizer.lr=1e-4", "schedule.min_lr=0"]
+        self.config = Config.load(name, [*differ, *same, *overrides])
         quiet: Callable[[str], None] = lambda line: None  # noqa: E731
         self.corpus = load_corpus(self.config.data, log=quiet)
         dataset = Dataset.build(self.config, self.corpus, log=quiet)
