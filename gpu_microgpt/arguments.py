@@ -31,7 +31,7 @@ def parser_for(command: Callable[[Sequence[str]], int], epilog: str = "") -> Par
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Which model: `path` and `checkpoint`."""
+    """Which model, and on what: `path`, `checkpoint`, `backend`, `dtype`."""
     parser.add_argument("path", metavar="RUN", type=Path, help="a run's or a checkpoint's folder")
     parser.add_argument(
         "--checkpoint",
@@ -39,6 +39,13 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         default="best",
         help="of a run: the one with the lowest held-out loss, or the last (best)",
     )
+    for flag, choices in (
+        ("--backend", ("auto", "numpy", "cupy")),
+        ("--dtype", ("auto", "fp32", "fp64", "tf32", "bf16")),
+    ):
+        parser.add_argument(
+            flag, choices=choices, default="auto", help="as in a settings file (auto)"
+        )
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:

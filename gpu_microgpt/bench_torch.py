@@ -188,11 +188,11 @@ class GpuPeers:
 
     def __init__(
         self, dims: Dims, optimizer: OptimizerConfig, weights: Weights, batches: Sequence[Batch],
-        pad_vocab: int, device: str = "cuda",
+        pad_vocab: int,
     ) -> None:  # fmt: skip
         """Nothing is done yet. `batches`: at least 3 `WARM_UP`. Raises UserError without torch."""
         self.torch = import_torch()
-        form = Form(device, narrow=True, pad_vocab=pad_vocab, block_size=dims.block_size)
+        form = Form("cuda", narrow=True, pad_vocab=pad_vocab, block_size=dims.block_size)
         self._made = partial(TorchStep, dims, optimizer, weights, batches)
         self._form = form
         self._compiled: TorchStep | None = None

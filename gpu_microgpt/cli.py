@@ -70,7 +70,7 @@ def generate(arguments: Sequence[str]) -> int:
     }
     from .text_model import join_texts, load
 
-    model = load(args.path, which=args.checkpoint)
+    model = load(args.path, args.checkpoint, backend=args.backend, dtype=args.dtype)
     if model.config.data.mode == "documents":  # lines are stripped when they are read
         prompts = [prompt.strip() for prompt in prompts]
     if len(prompts) * args.num_samples == 1 and not (args.no_stream or args.json):
@@ -96,7 +96,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(arguments)
     from .evaluate import evaluate as measure
 
-    figures = measure(args.path, data=args.data, which=args.checkpoint)
+    figures = measure(args.path, args.data, args.checkpoint, backend=args.backend, dtype=args.dtype)
     if args.json:
         _print_json(figures)
         return 0

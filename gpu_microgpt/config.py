@@ -215,8 +215,8 @@ class Config(Settings):
     )
     profile: bool = Field(
         default=False,
-        description="time what the first 10 steps consist of, each kernel (numpy: operation), into "
-        "RUN/profile.md; once waits for the GPU. NVTX ranges",
+        description="time the first 10 steps kernel by kernel (numpy: operation by operation) into "
+        "RUN/profile.md; name steps and kernels in NVIDIA's profilers (NVTX)",
     )
     model: ModelConfig
     data: DataConfig

@@ -25,16 +25,19 @@ def evaluate(
     data: str | None = None,
     which: Literal["best", "last"] = "best",
     *,
+    backend: str = "auto",
+    dtype: str = "auto",
     warn: Callable[[str], None] = warn_user,
 ) -> dict[str, Any]:
     """Return loss (nats a token), bits a character, perplexity, and what they were measured on.
 
     Without `data` the run's own held-out split is scored, else all of that file or source, each
     token once, in windows of block_size; a document is cut to its first block_size tokens. In
-    documents mode its end counts as a character. Raises CheckpointError, DataError.
+    documents mode its end counts as a character. backend, dtype: as `load` has them. Raises
+    CheckpointError, DataError, BackendError.
     """
     state = find(Path(path), which, warn=warn, with_moments=False)
-    model = from_state(state)
+    model = from_state(state, backend, dtype)
     split, name = _own_split(model, state.meta["corpus"], warn) if data is None else _text(
         model, data, warn
     )  # fmt: skip
@@ -72,9 +75,9 @@ def _text(model: TextModel, source: str, warn: Callable[[str], None]) -> tuple[S
     """All of another text."""
     overrides = [f"data.source={source}", "data.fallback=null", "data.val_fraction=0"]
     config = Config.from_dict(model.config.to_dict(), overrides)
-    corpus = load_corpus(config.data, log=warn)
+    corpus, cut = load_corpus(config.data, log=warn), config
     if config.data.mode == "stream" and len(corpus.text) > 1:  # a short text is one short window
         size = min(config.model.block_size, len(corpus.text) - 1)
-        config = Config.from_dict(config.to_dict(), [f"model.block_size={size}"])
-    dataset = Dataset.build(config, corpus, tokenizer=model.tokenizer, log=warn)
-    return dataset.train, source
+        cut = Config.from_dict(config.to_dict(), [f"model.block_size={size}"])
+    text = Dataset.build(cut, corpus, tokenizer=model.tokenizer, log=warn).train
+    return Split(config, text.flat, text.starts, text.lengths), source

@@ -20,12 +20,11 @@ from .backend.gpu import Download, Gpu, Graph
 from .data.batch import Batch, Layout, Run
 from .generate import PhiloxUniforms, Sampling, Uniforms, check_contexts
 from .graph_step import cuda_ops
-from .kv_cache import KVCache
+from .kv_cache import KVCache, prefill_rows
 from .model import GPT
 
 BLOCK = 32  # tokens of a text that come back together
 FIRST_BLOCK = 4  # so that reading can begin soon; the next have twice as many each
-PREFILL_ROWS = 1024  # read together at most, where a single context is not longer
 
 
 def repeat(gpu: Gpu, graph: Graph | None, work: Callable[[], None]) -> Graph:
@@ -121,7 +120,7 @@ class GraphGenerator:
         self.model, self.backend, self.gpu = model, backend, backend.gpu
         self.sequences, self.block_size = sequences, model.dims.block_size
         self.cache = KVCache(model.dims, sequences, backend)
-        rows = max(self.block_size, sequences, min(sequences * self.block_size, PREFILL_ROWS))
+        rows = prefill_rows(self.block_size, sequences)
         self.memory = Activations(model.dims, rows, backend, training=False, sequences=sequences)
         self._prefill = Prefill(model, self.memory, self.cache, backend)
         self._tokens, self._numbers, self._positions, self._ended = (

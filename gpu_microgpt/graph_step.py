@@ -105,7 +105,8 @@ class GraphStep:
         Raises ValueError where a step is left out.
         """
         if self._last is None:
-            self._warm_up(step)
+            done = (step - 1) * self._micros
+            self.gpu.upload(self._counter, np.array([done], np.int64))
         elif step != self._last + 1:
             raise ValueError(f"train: got step {step}, wanted {self._last + 1}")
         if self._eager:
@@ -136,27 +137,19 @@ class GraphStep:
         return self._evaluator.mean_loss(split, limit)
 
     def gradients(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Of the mean loss."""
+        """Of the mean loss. Raises ValueError before the first step."""
         if self._last is None:
             raise ValueError("gradients: wanted after a step")
         count = self.backend.to_host(self._records)[self._last % self.ring, 2]
         sums = self.grads.to_host(self.backend)
         return {name: (array / count).astype(array.dtype) for name, array in sums.items()}
 
-    def _warm_up(self, step: int) -> None:
-        """A pass that changes nothing, before step `step`: kernels are loaded at their first use,
-        and plans of matrix products are timed, neither of which can be captured."""
-        done = np.array([(step - 1) * self._micros], np.int64)
-        self.gpu.upload(self._counter, done)
-        self._first_micro_batch()
-        if self._micros > 1:
-            self._other_micro_batch()
-        self.gpu.zero(self._loss)
-        self.gpu.zero(self._targets)
-        self.gpu.upload(self._counter, done)
-
     def _do_eagerly(self, capture: bool) -> None:
-        """A step; with every graph captured behind the last of these."""
+        """A step; with every graph captured behind the last of these.
+
+        In the first, kernels are loaded and plans of matrix products measured, neither of which can
+        be captured. Measuring repeats a product into its own output, and so changes no result.
+        """
         others = self._micros - 1
         parts: list[Callable[[], None]] = [self._whole]
         if others:

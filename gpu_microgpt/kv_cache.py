@@ -8,6 +8,9 @@ from .backend import Backend
 from .dims import Dims
 from .types import Array
 
+TOGETHER = 32  # texts written side by side: bounds the memory of their caches
+PREFILL_ROWS = 1024  # read into a GPU's cache together at most, where one context is not longer
+
 
 class KVCache:
     """Room for S sequences of up to block_size positions.
@@ -23,3 +26,8 @@ class KVCache:
         self.values: Array = backend.zeros(shape, backend.dtype)
         self.lengths: Array = backend.zeros((sequences,), "i4")
         self.sequences: Array = backend.from_host(np.arange(sequences, dtype="i4"))
+
+
+def prefill_rows(block_size: int, sequences: int) -> int:
+    """Rows of the one batch in which a GPU reads contexts into its cache."""
+    return max(block_size, sequences, min(sequences * block_size, PREFILL_ROWS))

@@ -10,6 +10,7 @@ from .backend import Backend
 from .config import Config
 from .dims import Dims
 from .errors import BackendError
+from .kv_cache import TOGETHER, prefill_rows
 from .step import ShardPlan
 
 SHARE = 0.9  # of the device's memory that a run may plan on
@@ -43,8 +44,9 @@ def entries(config: Config, dims: Dims, backend: Backend, text: int) -> list[Ent
     if not backend.is_host:
         plan.append(("text", "", text))
     plan += [(name, "", reserved) for name, reserved in backend.reserved()]
+    plan.append(_samples(config, dims, backend))
     fixed = len(plan)
-    arrays = activations.plan(dims, rows, backend, training=True)
+    arrays = [entry for entry in activations.plan(dims, rows, backend, training=True) if entry[3]]
 
     def kind(entry: activations.Entry) -> tuple[str, Shape]:
         return entry[0].rpartition(".")[2], entry[1]
@@ -54,6 +56,18 @@ def entries(config: Config, dims: Dims, backend: Backend, text: int) -> list[Ent
         count = shards * len(group)
         plan.append((name, f"{count} x {shape}", shards * sum(size for *_, size in group)))
     return plan[:fixed] + sorted(plan[fixed:], key=lambda entry: -entry[2])
+
+
+def _samples(config: Config, dims: Dims, backend: Backend) -> Entry:
+    """The KV cache and the activations of the texts that a run writes side by side."""
+    texts = min(config.sample.num, TOGETHER)
+    cache = 2 * dims.n_layer * texts * dims.block_size * dims.n_embd * backend.dtype.itemsize
+    if not texts:
+        return "sample texts", "0", 0
+    rows = max(dims.block_size, texts)
+    rows = rows if backend.is_host else prefill_rows(dims.block_size, texts)
+    arrays = activations.plan(dims, rows, backend, training=False, sequences=texts)
+    return "sample texts", f"{texts}", cache + sum(size for *_, size in arrays)
 
 
 def check(config: Config, dims: Dims, backend: Backend, text: int = 0) -> str:

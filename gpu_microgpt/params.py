@@ -64,11 +64,6 @@ class Params:
         self.lm_head = padded.reshape(vocab_rows, dims.n_embd)  # V rows, then zeros
         self.layers = [self._layer(f"layer{i}.", places) for i in range(dims.n_layer)]
 
-    @property
-    def compute(self) -> Params:
-        """What matrix products multiply with."""
-        return self
-
     def _layer(self, prefix: str, places: dict[str, tuple[int, tuple[int, int]]]) -> LayerParams:
         start, (rows, columns) = places[prefix + "attn_wq"]
         wqkv = self.flat[start : start + 3 * rows * columns].reshape(3 * rows, columns)
@@ -97,7 +92,7 @@ class Weights(Params):
 
     @property
     def compute(self) -> Params:
-        """The copy, or the weights themselves."""
+        """What a model computes with: the copy, or the weights themselves."""
         return self.copy or self
 
     def load(self, arrays: dict[str, np.ndarray[Any, Any]], backend: Backend) -> None:

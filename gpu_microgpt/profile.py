@@ -243,10 +243,9 @@ class GpuProfiler(Profiler):
         p = self._products[operation]
         operands = (p.a, p.b, p.d, *([p.c] if p.beta else []))
         nbytes = sum(x.rows * x.columns * np.dtype(x.dtype).itemsize for x in operands)
-        inner = p.a.rows if p.transpose_a else p.a.columns
         work = partial(self._gpu.cublaslt.matmul, operation, *args)
         nbytes += p.aux_ld // 8 * p.d.columns  # the mask
-        self._launch(work, str(p), nbytes, 2.0 * p.d.rows * p.d.columns * inner)
+        self._launch(work, str(p), nbytes, 2.0 * p.d.rows * p.d.columns * p.inner)
 
     def _launch(
         self, work: Callable[[], None], name: str, nbytes: int, flops: float = 0, grid: str = ""

@@ -15,6 +15,7 @@ from .metrics import Metrics
 from .profile import Profile
 from .progress import Progress
 from .run_folder import RunFolder
+from .snapshot import Scores
 from .text_model import join_texts
 
 RECENT = 50  # steps the closing mean of the training loss goes over
@@ -41,7 +42,9 @@ class Report:
 
     def count(self, tokens: float, flops: float, milliseconds: float) -> None:
         """A step worked on so many tokens and floating-point operations, in that time (0: not
-        known)."""
+        known, so that the step does not count for the speed)."""
+        if not milliseconds:
+            return
         self._steps += 1
         self._tokens += tokens
         self._flops += flops
@@ -96,6 +99,16 @@ class Report:
         self.metrics.text(step, "samples", joined)
         path = self.folder.write_sample(step, joined)
         self.progress.log(f"step {step}: samples ({path})\n{joined}")
+
+    def end(self, step: int, scores: Scores) -> None:
+        """Say what the run came to, `step` being its last."""
+        held = ""
+        if math.isfinite(scores.val):
+            at = "" if scores.val_step == step else f" (step {scores.val_step})"
+            held = f"; held-out loss {scores.val:.4f}{at}, lowest {scores.best:.4f}"
+        mean, count = sum(self.recent) / len(self.recent), len(self.recent)
+        done = f"training loss {self.loss:.4f}, mean of the last {count} steps {mean:.4f}"
+        print(f"step {step}: {done}{held}")
 
     def profile(self, step: int, profile: Profile) -> None:
         """Keep where the time of steps went, and tell where most of it did."""

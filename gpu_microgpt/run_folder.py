@@ -119,6 +119,21 @@ class RunFolder:
         self._write("profile.json", numbers)
         return self._write("profile.md", table)
 
+    def resume_command(self) -> str:
+        """The command line that goes on from the newest checkpoint, up to the run's end."""
+        further = ["train.stop_at=null"] if self.config.train.stop_at else []
+        return command("train", self.path / "config.yaml", "resume=auto", *further)
+
+    def places(self, finished: bool) -> str:
+        """Where everything lies, and the commands that go on from here, as lines."""
+        heat = ("--temperature", self.config.sample.temperature)
+        lines = [
+            f"run folder:    {self.path} (checkpoints, samples, metrics.jsonl)",
+            f"curves:        {tensorboard_command(self.config.run.dir)}",
+            f"write text:    {command('generate', self.path, *heat)}",
+        ]
+        return "\n".join(lines if finished else [f"go on with:    {self.resume_command()}", *lines])
+
     def _write(self, name: str, text: str) -> Path:
         """Write a text file whole or not at all. Raises UserError where the disk refuses."""
         path = self.path / name

@@ -18,10 +18,10 @@ from .dims import Dims
 from .errors import warn as warn_user
 from .generate import Generator, PhiloxUniforms, Sampling, Uniforms
 from .graph_generate import GraphGenerator
+from .kv_cache import TOGETHER
 from .model import GPT
 from .params import Weights
 
-TOGETHER = 32  # texts written side by side: bounds the memory of their KV caches
 STREAM_TOKENS = 500  # default length where no document end stops a text
 
 
@@ -148,23 +148,30 @@ def load(
     path: str | Path,
     which: Literal["best", "last"] = "best",
     *,
+    backend: str = "auto",
+    dtype: str = "auto",
     warn: Callable[[str], None] = warn_user,
 ) -> TextModel:
     """Read a run's best (lowest held-out loss) or last checkpoint, or the one at `path`.
 
-    Checkpoints that are damaged are passed over, each named through `warn`. Raises CheckpointError
-    where none is left.
+    `backend`, `dtype`: as in a config, whatever the run had; dtype auto keeps to fp32 or fp64
+    where that was asked for. Checkpoints that are damaged are passed over, each named through
+    `warn`. Raises CheckpointError where none is left, BackendError for what cannot run here.
     """
-    return from_state(find(Path(path), which, warn=warn, with_moments=False))
+    state = find(Path(path), which, warn=warn, with_moments=False)
+    return from_state(state, backend, dtype)
 
 
-def from_state(state: State) -> TextModel:
-    """A checkpoint's weights, tokenizer and settings as a model, on whatever backend there is."""
-    double = state.weights["wte"].dtype == np.float64
-    here = ["backend=auto", "device=0", f"dtype={'fp64' if double else 'auto'}"]
+def from_state(state: State, backend: str = "auto", dtype: str = "auto") -> TextModel:
+    """A checkpoint's weights, tokenizer and settings as a model, computing as `load` says."""
+    if dtype == "auto" and state.weights["wte"].dtype == np.float64:
+        dtype = "fp64"
+    elif dtype == "auto" and state.meta["config"].get("dtype") == "fp32":
+        dtype = "fp32"
+    here = [f"backend={backend}", "device=0", f"dtype={dtype}"]
     config = Config.from_dict(state.meta["config"], here, source="checkpoint")
     tokenizer = CharTokenizer.from_dict(state.meta["tokenizer"])
-    backend = choose(config)
-    params = Weights(Dims.of(config.model, tokenizer.vocab_size), backend)
-    params.load(state.weights, backend)
-    return TextModel(GPT(params), tokenizer, config, backend)
+    chosen = choose(config)
+    params = Weights(Dims.of(config.model, tokenizer.vocab_size), chosen)
+    params.load(state.weights, chosen)
+    return TextModel(GPT(params), tokenizer, config, chosen)

@@ -27,7 +27,7 @@ from .progress import Progress
 from .readings import Readings
 from .report import Report
 from .rng import MicrogptRandom, Stream, normal
-from .run_folder import RunFolder, check_corpus, command, tensorboard_command
+from .run_folder import RunFolder, check_corpus
 from .schedule import learning_rate
 from .signals import StopSignals
 from .snapshot import Scores
@@ -56,7 +56,7 @@ class Trainer:
         self.start = state.step if state else 0
         if self.start >= self.end:
             print(f"step {self.start}: nothing left to train")
-            self._print_places(self.start)
+            print(self.folder.places(finished=self.start >= self.total))
             return 0
         with ExitStack() as stack:
             stack.enter_context(self.backend)
@@ -79,9 +79,10 @@ class Trainer:
             except DeviceError as failure:
                 raise DeviceError(f"{failure}; {self._advice('')}") from None
         if signals.number is not None and last < self.end:
-            print(f"stopped at step {last}, saved; go on with: {self._resume_command()}")
+            print(f"stopped at step {last}, saved; go on with: {self.folder.resume_command()}")
             return 128 + signals.number
-        self._print_end(last)
+        self.report.end(last, self.scores)
+        print(self.folder.places(finished=last >= self.total))
         return 0
 
     # building
@@ -266,7 +267,7 @@ class Trainer:
         start = batch.layout.offsets[-2]
         return pack([np.append(batch.tokens[start:], batch.targets[-1])])
 
-    # saving and ending
+    # saving
 
     def _save(self, step: int) -> None:
         self.report.metrics.flush()  # first: a checkpoint vouches for the metrics up to its step
@@ -290,28 +291,5 @@ class Trainer:
     def _advice(self, change: str = " optimizer.lr=LOWER") -> str:
         if self._saved == 0:
             return "no checkpoint was saved yet"
-        again = f"{self._resume_command()}{change}"
+        again = f"{self.folder.resume_command()}{change}"
         return f"the checkpoint of step {self._saved} is kept; go on with: {again}"
-
-    def _resume_command(self) -> str:
-        further = ["train.stop_at=null"] if self.config.train.stop_at else []
-        return command("train", self.folder.path / "config.yaml", "resume=auto", *further)
-
-    def _print_end(self, last: int) -> None:
-        report, scores, held = self.report, self.scores, ""
-        if math.isfinite(scores.val):
-            at = "" if scores.val_step == last else f" (step {scores.val_step})"
-            held = f"; held-out loss {scores.val:.4f}{at}, lowest {scores.best:.4f}"
-        mean, count = sum(report.recent) / len(report.recent), len(report.recent)
-        done = f"training loss {report.loss:.4f}, mean of the last {count} steps {mean:.4f}"
-        print(f"step {last}: {done}{held}")
-        self._print_places(last)
-
-    def _print_places(self, last: int) -> None:
-        """Where everything lies, and the commands that go on from here."""
-        if last < self.total:
-            print(f"go on with:    {self._resume_command()}")
-        print(f"run folder:    {self.folder.path} (checkpoints, samples, metrics.jsonl)")
-        print(f"curves:        {tensorboard_command(self.config.run.dir)}")
-        heat = ("--temperature", self.config.sample.temperature)
-        print(f"write text:    {command('generate', self.folder.path, *heat)}")

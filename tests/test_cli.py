@@ -26,6 +26,7 @@ class FakeModel:
     def __init__(self) -> None:
         self.asked: dict[str, Any] = {}
         self.loaded: tuple[Path, str] | None = None
+        self.on: tuple[str, str] | None = None  # backend, dtype
         self.ending = ""
         self.config = SimpleNamespace(data=SimpleNamespace(mode="stream"))
 
@@ -43,8 +44,8 @@ class FakeModel:
 def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     fake = FakeModel()
 
-    def load(path: Path, which: str = "best") -> FakeModel:
-        fake.loaded = (path, which)
+    def load(path: Path, which: str, *, backend: str, dtype: str) -> FakeModel:
+        fake.loaded, fake.on = (path, which), (backend, dtype)
         return fake
 
     monkeypatch.setattr("gpu_microgpt.text_model.load", load)
@@ -161,6 +162,9 @@ def test_generate_defaults(model: FakeModel) -> None:
     assert model.asked == {"prompt": "", "num_samples": 1, "max_tokens": None, "temperature": 1.0,
                            "top_k": 0, "top_p": 1.0, "seed": 0}  # fmt: skip
     assert model.loaded == (Path("runs/x"), "best")
+    assert model.on == ("auto", "auto")
+    assert cli.main(["generate", "runs/x", "--backend", "numpy", "--dtype", "fp64"]) == 0
+    assert model.on == ("numpy", "fp64")
 
 
 def test_generate_many(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,8 +193,13 @@ def test_generate_reads_the_prompt_from_a_file(model: FakeModel, tmp_path: Path)
 
 
 def test_evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def evaluate(path: Path, data: str | None = None, which: str = "best") -> dict[str, Any]:
+    def evaluate(
+        path: Path, data: str | None, which: str, *, backend: str, dtype: str
+    ) -> dict[str, Any]:
+        on.append((backend, dtype))
         return {"loss": 1.5, "bits_per_char": 2.16, "tokens": 1234567, "data": data or which}
+
+    on: list[tuple[str, str]] = []
 
     fake: Any = SimpleNamespace(evaluate=evaluate)
     monkeypatch.setitem(sys.modules, "gpu_microgpt.evaluate", fake)
@@ -201,6 +210,8 @@ def test_evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     ]  # fmt: skip
     assert cli.main(["evaluate", "runs/x", "--data", "my.txt", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["data"] == "my.txt"
+    assert cli.main(["evaluate", "runs/x", "--backend", "cupy", "--dtype", "tf32"]) == 0
+    assert on == [("auto", "auto"), ("auto", "auto"), ("cupy", "tf32")]
 
 
 def test_prepare_names_what_it_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,15 @@ ORDER = [
     "bench_gpu_setting", "bench_gpu", "bench_gpu_ops", "bench", "arguments", "cli", "__init__",
 ]  # fmt: skip
 CUPY = ("backend.", "ops.cuda.")  # the only modules that may import cupy
+# of it; neither its maths, slow to launch, nor its cuBLAS, which a capture refuses
+SERVICES = {
+    "cupy": {"cuda", "ndarray", "__version__"},
+    "cupy.cuda": {
+        "Event", "MemoryPool", "Stream", "alloc_pinned_memory", "driver", "function",
+        "get_current_stream", "get_elapsed_time", "nvrtc", "nvtx", "runtime",
+    },
+    "cupy.cuda.function": {"Module"},
+}  # fmt: skip
 TORCH = "bench_torch"  # what is measured against; nobody else knows it
 NEVER = {"torch", "tensorflow", "jax"}
 DYNAMIC = {"import_module", "__import__", "exec", "eval"}
@@ -110,6 +119,48 @@ def test_every_module_has_its_place():
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_come_from_above(module):
     assert faults(module, GRAPH[module]) == []
+
+
+def names_of_cupy(source: str) -> set[tuple[str, str]]:
+    """What is taken of it: (module, name)."""
+    tree, found = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {(node.module or "", alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            dotted = [alias.name.rpartition(".") for alias in node.names]
+            found |= {(module, name) for module, _, name in dotted if module}
+    own = any(isinstance(x, ast.Import) and x.names[0].name == "cupy" for x in ast.walk(tree))
+    for node in ast.walk(tree) if own else ():
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in SERVICES:
+            found.add((ast.unparse(node.value), node.attr))
+    return {(module, name) for module, name in found if module.partition(".")[0] == "cupy"}
+
+
+def test_of_cupy_only_services_are_used():
+    used = {m: names_of_cupy(path.read_text("utf-8")) for m, path in MODULES.items()}
+    assert {module for module, names in used.items() if names} >= {
+        "backend.cupy",
+        "ops.cuda.loader",
+    }
+    for module, names in used.items():
+        wrong = [f"{where}.{name}" for where, name in names if name not in SERVICES.get(where, ())]
+        assert not wrong, f"{module} uses {wrong}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from cupy import add",
+        "from cupy.linalg import qr",
+        "from cupy.cuda import cublas",
+        "import cupy.cublas",
+        "import cupy\ncupy.matmul(a, b)",
+        "import cupy\ncupy.cuda.cublas.create()",
+    ],
+)
+def test_other_uses_of_cupy_are_noticed(source):
+    assert any(name not in SERVICES.get(where, ()) for where, name in names_of_cupy(source))
 
 
 def test_no_circle_of_imports():

@@ -17,6 +17,7 @@ from gpu_microgpt.errors import BackendError
 from gpu_microgpt.memory_plan import entries
 from gpu_microgpt.model import GPT
 from gpu_microgpt.params import Weights
+from gpu_microgpt.text_model import make_generator
 from tests.run_helpers import settings
 
 TEXT = 12_345
@@ -33,7 +34,7 @@ def test_the_hosts_plan_counts_copies_and_no_text():
     assert plan["copies to save"] == 3 * plan["moments m, v"]
     assert plan["moments m, v"] == 2 * plan["weights"]
     assert plan["gradients"] == 2 * plan["weights"]  # a set a shard
-    assert not plan.keys() & {"text", "cuBLASLt", "bfloat16 weights"}
+    assert not plan.keys() & {"text", "cuBLASLt", "bfloat16 weights", "mask"}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -48,6 +49,8 @@ def test_a_gpus_plan_is_what_the_engine_takes(accumulated, dtype, tmp_path):
     dims = Dims.of(config.model, 300)
     plan = planned(config, dims, backend)
     assert plan["text"] == TEXT
+    positions = config.train.batch_size * dims.block_size  # of one micro-batch at a time
+    assert plan["batch"] == memory_plan.BATCH_BYTES * positions
     half = plan["weights"] // 2
     assert plan.get("bfloat16 weights") == (half if dtype == "bf16" else None)
     total = sum(plan.values()) - TEXT
@@ -82,7 +85,7 @@ def test_activations_take_what_the_plan_says():
     dims = Dims.of(config.model, 27)
     backend = NumpyBackend("fp32", 1)
     plan = planned(config, dims, backend)
-    fixed = {"weights", "moments m, v", "gradients", "copies to save", "batch"}
+    fixed = {"weights", "moments m, v", "gradients", "copies to save", "batch", "sample texts"}
     rows = config.train.batch_size * dims.block_size
     taken = Activations(dims, rows, backend).nbytes
     assert sum(size for name, size in plan.items() if name not in fixed) == taken
@@ -93,3 +96,23 @@ def test_other_backends_may_take_memory_for_themselves():
     backend.reserved = lambda: [("a library", 77)]  # type: ignore[method-assign]
     config = Config.load("names")
     assert planned(config, Dims.of(config.model, 27), backend)["a library"] == 77
+
+
+@pytest.mark.parametrize("place", ["host", "gpu"])
+def test_sample_texts_take_what_is_planned(place, tmp_path):
+    config = settings(tmp_path, "sample.num=40", "model.block_size=64", "model.n_embd=32")
+    dims = Dims.of(config.model, 30)
+    stand_in = pytest.importorskip("tests.cuda.stand_in")
+    gpu = stand_in.StandInGpu()
+    backend = CudaBackend(gpu, "bf16") if place == "gpu" else NumpyBackend("fp32", 1)
+    size = planned(config, dims, backend)["sample texts"]
+    backend.ops(backend.empty((64,), "u1"))  # takes cuBLASLt's workspace
+    before = gpu.heap.used
+    writer = make_generator(GPT(Weights(dims, backend)), backend, 32)
+    cache = 2 * writer.cache.keys.nbytes
+    assert cache + writer.memory.nbytes == size
+    if place == "gpu":
+        taken = gpu.heap.used - before
+        assert size < taken < size + 6 * 2 * writer.memory.dims.num_params + 60_000
+    none = settings(tmp_path, "sample.num=0")
+    assert planned(none, dims, backend)["sample texts"] == 0

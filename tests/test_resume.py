@@ -7,7 +7,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from gpu_microgpt.backend import numpy as numpy_backend
@@ -238,3 +240,23 @@ def test_the_printed_command_resumes(tmp_path: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed at step 7" in resumed.stdout
     assert_same_run(folder / "runs" / "run", straight, N)
+
+
+def test_the_last_line_says_what_came_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tmp_path, "train.eval_interval=5", "train.log_interval=1", "train.stop_at=7")
+    told: dict[int, dict[str, Any]] = {}
+    for row in rows(run):
+        told.setdefault(row["step"], {}).update(row)
+    losses = [told[step]["loss/train"] for step in range(1, 8)]
+    out = capsys.readouterr().out
+    line = f"step 7: training loss {losses[-1]:.4f}, mean of the last 7 steps {np.mean(losses):.4f}"
+    held = f"{told[5]['loss/val']:.4f}"
+    assert f"{line}; held-out loss {held} (step 5), lowest {held}\n" in out
+    assert "go on with: " in out
+    train(tmp_path, "train.eval_interval=5", "train.log_interval=1", "resume=auto")
+    out = capsys.readouterr().out
+    assert "step 12: training loss" in out
+    assert "(step " not in out.split("step 12: training loss")[1]
+    assert "go on with: " not in out

@@ -65,6 +65,16 @@ def test_other_changes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "train.batch_size 4 -> 8" in out
 
 
+def test_where_and_how_it_is_computed_may_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, "train.stop_at=7", *QUIET)
+    capsys.readouterr()
+    elsewhere = ("device=1", "backend=numpy", "threads=2", "profile=true", "sample.num=0")
+    train(tmp_path, "resume=auto", *elsewhere, *QUIET)
+    assert "settings changed" not in capsys.readouterr().out
+
+
 def test_another_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(tmp_path, "train.stop_at=7")
     write_text(tmp_path, seed=2)

@@ -10,11 +10,15 @@ import pytest
 from gpu_microgpt.backend.numpy import NumpyBackend
 from gpu_microgpt.config import Config, OptimizerConfig
 from gpu_microgpt.data.batch import Batch, pack
+from gpu_microgpt.data.corpus import load_corpus
+from gpu_microgpt.data.dataset import Dataset
 from gpu_microgpt.dims import Dims
+from gpu_microgpt.engine import HostEngine
 from gpu_microgpt.optim import Optimizer
 from gpu_microgpt.params import Params
 from gpu_microgpt.step import Shard, ShardPlan, Shards, Step
 from tests.model_cases import ignoring, losses_and_grads, make_batch, make_model
+from tests.run_helpers import settings
 
 DIMS = Dims(2, 3, 9, 12, 7)
 ADAM = OptimizerConfig(name="adamw", lr=0.01, weight_decay=0.1, grad_clip=0.5)
@@ -258,3 +262,22 @@ def test_one_batch_is_learnt_by_heart(lengths):
     first, last = step.records[1 % 8], step.records[120 % 8]
     assert last[0] < 0.05
     assert np.isfinite(first).all()
+
+
+def test_the_hosts_clock_runs_while_steps_are_done(tmp_path, monkeypatch):
+    """From figures to figures; what is done between steps is not timed."""
+    config = settings(tmp_path, "backend=numpy")
+    corpus = load_corpus(config.data, log=lambda line: None)
+    dataset = Dataset.build(config, corpus, log=lambda line: None)
+    backend, model = make_model(Dims.of(config.model, dataset.tokenizer.vocab_size))
+    engine = HostEngine(model, config, backend, dataset.train, 12)
+    ticks = iter([0.0, 2.0, 10.0, 14.0, 100.0, 107.0])  # before and after each step
+    monkeypatch.setattr("gpu_microgpt.engine.time.perf_counter", lambda: next(ticks))
+    with backend:
+        engine.train(1)
+        engine.train(2)
+        assert engine.ask().ms_per_step() == 3000
+        assert engine.ask().ms_per_step() == 0
+        engine.pause()
+        engine.train(3)
+        assert engine.ask().ms_per_step() == 7000

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpu_microgpt.backend import Backend, choose
 from gpu_microgpt.checkpoint import load as load_state
+from gpu_microgpt.config import Config
 from gpu_microgpt.errors import CheckpointError, DataError, UserError
-from gpu_microgpt.text_model import TOGETHER, TextModel, load
+from gpu_microgpt.kv_cache import TOGETHER
+from gpu_microgpt.text_model import TextModel, load
 from tests.run_helpers import (
     LETTERS,
     QUIET,
@@ -217,6 +220,21 @@ def test_moments_are_not_needed(tmp_path: Path) -> None:
     run = train(tmp_path, *QUIET)
     (checkpoint(run, 12) / "optimizer.safetensors").unlink()
     assert load(checkpoint(run, 12), warn=no_warning).generate()
+
+
+def test_any_backend_and_the_first_device_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint may come from a machine with more GPUs."""
+    run, asked = train(tmp_path, "backend=numpy", "device=3", *QUIET), list[Config]()
+
+    def chosen(config: Config) -> Backend:
+        asked.append(config)
+        return choose(config)
+
+    monkeypatch.setattr("gpu_microgpt.text_model.choose", chosen)
+    assert load(run, warn=no_warning).generate()
+    assert [(c.backend, c.device, c.dtype) for c in asked] == [("auto", 0, "auto")]
 
 
 def test_double_precision_stays(tmp_path: Path) -> None:

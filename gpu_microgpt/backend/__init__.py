@@ -20,11 +20,10 @@ GPU_DTYPES = ("bf16", "tf32")  # what numpy does not run
 
 
 class Backend(Protocol):
-    """An array module and the device services around it."""
+    """A device: its memory, its operations, what it is and what it can hold."""
 
     name: str
     is_host: bool  # whether its arrays lie in the host's memory
-    xp: Any  # the array module: numpy, or one that speaks its language
     dtype: np.dtype[Any]  # of activations, and of the weights that enter matrix products
     master: np.dtype[Any]  # of weights as they are kept, gradients, moments and statistics
     threads: int

@@ -23,6 +23,7 @@ from .gpu import Gpu
 MODES = ("bf16", "tf32", "fp32")
 NARROW, WIDE = 8, 64  # numbers that rows of logits are rounded up to: packs, or tiles of products
 WIDE_VOCAB = 1024  # from here on
+LINE = 256  # bytes: memory starts at a multiple, which the fastest matrix products may ask for
 
 
 class CudaBackend:
@@ -30,7 +31,6 @@ class CudaBackend:
 
     name = "cupy"
     is_host = False
-    xp: Any = None  # no array module computes here
     master = np.dtype(np.float32)
     threads = 1
 
@@ -87,8 +87,10 @@ class CudaBackend:
         return CudaOps(self.dtype, gpu.device, gpu.loader, workspace, self._gemm)
 
     def workspace_bytes(self, dims: Dims, rows: int, sequences: int = 0) -> int:
-        """Scratch for batches of up to `rows` positions and a KV cache of so many sequences."""
-        return workspace_bytes(dims, rows, self.gpu.device, self.dtype.itemsize, sequences)
+        """Scratch for batches of up to `rows` positions and a KV cache of so many sequences; whole
+        lines of `LINE`, as the arrays of a pass lie behind it."""
+        size = workspace_bytes(dims, rows, self.gpu.device, self.dtype.itemsize, sequences)
+        return -(-size // LINE) * LINE
 
     def pad_vocab(self, vocab_size: int) -> int:
         """To where rows of logits start at whole packs, and products have whole tiles."""

@@ -27,7 +27,6 @@ class NumpyBackend:
 
     name = "numpy"
     is_host = True
-    xp: Any = np
 
     def __init__(self, dtype: str = "auto", threads: int = 0, why: str = "") -> None:
         """Take a dtype (auto, fp32, fp64), a number of threads (0 = every core), and why it is

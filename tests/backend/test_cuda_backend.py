@@ -98,7 +98,10 @@ def test_sizes(gpu):
         8, 8, 32, 72, 1024, 1024, 1088, 50_304,
     ]  # fmt: skip
     wanted = workspace_bytes(dims, 100, gpu.device, 2, 3)
-    assert backend.workspace_bytes(dims, 100, 3) == wanted
+    planned = backend.workspace_bytes(dims, 100, 3)
+    assert wanted % 256  # this one is rounded up
+    assert planned % 256 == 0
+    assert 0 < planned - wanted < 256
     assert backend.relu_mask_bytes(512) == 64
     assert backend.split(7, 100, 1e18) == (1, 1)
     done = []

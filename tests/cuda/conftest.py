@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests.cuda.machine import DTYPES, Gpu, Machine, gpu_is_there
-from tests.cuda.stand_in import StandInGpu
+from tests.cuda.stand_in import StandInGpu, install
 from tests.cuda.stand_in_cases import started
 from tests.cuda_on_cpu.build import SANITIZER
 from tests.cuda_on_cpu.loader import EmulatedLoader
@@ -35,6 +35,20 @@ def dtype(request: pytest.FixtureRequest) -> str:
 def one(request: pytest.FixtureRequest) -> Machine:
     """One schedule, for what takes long; and the GPU."""
     return Gpu() if request.param == "gpu" else Machine(EmulatedLoader(request.param))
+
+
+@pytest.fixture(params=["stand-in", *(["gpu"] if gpu_is_there() else [])])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where `backend=cupy` computes."""
+    if request.param == "stand-in":
+        install(monkeypatch, guarded=False)
+    return str(request.param)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[StandInGpu]:
+    """`backend=cupy` computes on stand-ins: those opened so far."""
+    return install(monkeypatch, guarded=False)
 
 
 @pytest.fixture

@@ -65,8 +65,6 @@ class Flags:
     """Those of CuPy's that launchers ask for."""
 
     c_contiguous: bool
-    f_contiguous: bool
-    owndata: bool
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,7 @@ class GuardedArray:
 
     @property
     def flags(self) -> Flags:
-        flags = self._array.flags
-        whole = self._array.nbytes == self._memory.nbytes
-        return Flags(flags.c_contiguous, flags.f_contiguous, whole)
+        return Flags(self._array.flags.c_contiguous)
 
     def reshape(self, *shape: Any) -> GuardedArray:
         """A view; CuPy would allocate and copy where there is none."""

@@ -15,7 +15,6 @@ from gpu_microgpt.ops.cuda import CudaOps
 from gpu_microgpt.ops.cuda.cublaslt import CublasLt
 from gpu_microgpt.ops.cuda.device import KNOWN, Device
 from gpu_microgpt.ops.cuda.gemm import GEMM_WORKSPACE, Gemm
-from gpu_microgpt.ops.cuda.plan_cache import PlanCache
 from tests.cuda_on_cpu import cublaslt
 from tests.cuda_on_cpu.loader import EmulatedLoader
 
@@ -52,10 +51,10 @@ class Machine:
         """Operations with exactly so much scratch memory, filled with 0xFF."""
         return CudaOps(dtype, self.device, self.loader, self.blank(scratch_bytes, np.uint8), gemm)
 
-    def gemm(self, mode: str, cache: PlanCache | None = None) -> Gemm:
+    def gemm(self, mode: str) -> Gemm:
         """Matrix products of a library that computes on the CPU."""
         library = CublasLt(cublaslt.library())
-        return Gemm(library, self.device, mode, self.blank(1 << 20, np.uint8), HostQueue(), cache)
+        return Gemm(library, self.device, mode, self.blank(1 << 20, np.uint8), HostQueue())
 
     def on(self, arch: str) -> Machine:
         """The same, with the properties of another GPU."""
@@ -88,10 +87,10 @@ class Gpu(Machine):
             out.data.memset(0xFF, out.nbytes)
         return out
 
-    def gemm(self, mode: str, cache: PlanCache | None = None) -> Gemm:
+    def gemm(self, mode: str) -> Gemm:
         """Matrix products of NVIDIA's library."""
         workspace = self.blank(GEMM_WORKSPACE, np.uint8)
-        return Gemm(CublasLt(), self.device, mode, workspace, GpuQueue(), cache)
+        return Gemm(CublasLt(), self.device, mode, workspace, GpuQueue())
 
     def on(self, arch: str) -> Machine:
         """The GPU is what it is."""

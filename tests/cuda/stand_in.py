@@ -125,6 +125,7 @@ class StandInGpu:
 
     def event(self) -> Event:
         self.not_captured("an event")
+        self._alive()
         return Event(self)
 
     def wait(self) -> None:

@@ -109,10 +109,14 @@ def test_operations(library, wanted):
         assert got == {**expected, "ld": operand.ld}
 
 
-@pytest.mark.parametrize(("dtype", "reductions"), [("float32", 7), ("bfloat16", 2)])
-def test_preferences(library, dtype, reductions):
+@pytest.mark.parametrize(
+    ("dtype", "inner", "reductions"),
+    [("float32", 256, 6), ("bfloat16", 256, 2), ("float32", 192, 0), ("bfloat16", 7, 0)],
+)
+def test_preferences(library, dtype, inner, reductions):
+    """Sums in parts: never in place, not in bfloat16, and of whole steps only."""
     wanted = product()
-    wanted = wanted._replace(d=wanted.d._replace(dtype=dtype))
+    wanted = wanted._replace(d=wanted.d._replace(dtype=dtype), a=wanted.a._replace(columns=inner))
     preference = CublasLt(library)._preference(wanted, 32 << 20)
 
     def preferred(attribute) -> int:
@@ -193,8 +197,9 @@ NAMES = {
         f"CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_{x}_BYTES": number
         for x, (number, _) in zip("ABCD", ALIGNMENTS, strict=True)
     },
-    "CUBLASLT_REDUCTION_SCHEME_MASK": cublaslt.ALL_REDUCTIONS,
-    "CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE": cublaslt.FLOAT_REDUCTION,
+    "CUBLASLT_REDUCTION_SCHEME_NONE": cublaslt.NO_PARTS,
+    "CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE": cublaslt.FLOAT_PARTS,
+    "CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE": cublaslt.OUTPUT_PARTS,
     "CUBLASLT_EPILOGUE_DEFAULT": Epilogue.DEFAULT,
     "CUBLASLT_EPILOGUE_RELU": Epilogue.RELU,
     "CUBLASLT_EPILOGUE_RELU_AUX": Epilogue.RELU_AUX,

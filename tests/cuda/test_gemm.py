@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpu_microgpt.errors import BackendError, DeviceError
-from gpu_microgpt.ops.cuda.cublaslt import CublasLt, Epilogue
+from gpu_microgpt.ops.cuda.cublaslt import Algorithm, CublasLt, Epilogue, Operation
 from gpu_microgpt.ops.cuda.device import KNOWN
 from gpu_microgpt.ops.cuda.gemm import After, Gemm
 from tests.cuda.gemm_cases import MIB, Clock, W, X, make, on_device, product, used
@@ -96,10 +96,48 @@ def test_another_alignment_is_another_plan():
     assert library().fake_heuristics() == 3  # rows of y, 28 bytes apart: to 64 all is the same
 
 
-@pytest.mark.parametrize(("mode", "dtype", "whole"), [("bf16", "bfloat16", 2), ("fp32", "f4", 7)])
-def test_parts_of_sums_are_not_rounded(mode, dtype, whole):
-    product(make(mode=mode)[0], dtype={"f4": "float32"}.get(dtype, dtype))
-    assert library().fake_last_reductions() == whole
+def refusing(
+    gemm: Gemm,
+    monkeypatch: pytest.MonkeyPatch,
+    *refused: int,
+    error: type[Exception] = BackendError,
+) -> None:
+    """The library proposes these algorithms, and then does nothing by them."""
+    matmul = gemm._lt.matmul
+
+    def some(operation: Operation, algorithm: Algorithm, *args: object) -> None:
+        if algorithm.data[0] >> 32 in refused:
+            raise error("refused")
+        matmul(operation, algorithm, *args)
+
+    monkeypatch.setattr(gemm._lt, "matmul", some)
+
+
+def test_what_is_refused_after_all_is_not_taken(monkeypatch):
+    gemm, _ = make({1: 0.1, 2: 1.0, 3: 0.5})
+    refusing(gemm, monkeypatch, 1)
+    assert np.allclose(product(gemm), X @ W.T, atol=1e-5)
+    assert used() == 3
+    gemm, _ = make()
+    refusing(gemm, monkeypatch, 1, 2, 3)
+    with pytest.raises(BackendError, match="cuBLASLt 900000 has no algorithm on H200 for float32"):
+        product(gemm)
+
+
+def test_a_refusal_is_told_from_a_lost_gpu(monkeypatch):
+    gemm, _ = make()
+    refusing(gemm, monkeypatch, 1, error=DeviceError)
+    product(gemm)
+    assert used() == 2
+    gemm, clock = make()
+    refusing(gemm, monkeypatch, 1, error=DeviceError)
+
+    def lost() -> None:
+        raise DeviceError("the GPU is lost")
+
+    monkeypatch.setattr(clock, "event", lost)
+    with pytest.raises(DeviceError, match="the GPU is lost"):
+        product(gemm)
 
 
 def test_no_algorithm():

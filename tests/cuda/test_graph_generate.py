@@ -54,7 +54,7 @@ def test_any_order_of_threads(order: str) -> None:
 
 def test_prompts_that_do_not_fit_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer rows than tokens to read: in parts, each of the graph's shape."""
-    monkeypatch.setattr("gpu_microgpt.graph_generate.PREFILL_ROWS", 1)
+    monkeypatch.setattr("gpu_microgpt.kv_cache.PREFILL_ROWS", 1)
     pair = Pair(8)
     args = (contexts([30, 3, 7, 1, 2, 8, 2]), Sampling(20), PhiloxUniforms(4, range(7)))
     generator = pair.generator(7)

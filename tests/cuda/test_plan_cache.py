@@ -7,11 +7,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from gpu_microgpt.ops.cuda.cublaslt import Epilogue
 from gpu_microgpt.ops.cuda.device import KNOWN
+from gpu_microgpt.ops.cuda.gemm import After
 from gpu_microgpt.ops.cuda.plan_cache import PlanCache
 from tests.cuda.gemm_cases import MIB, Clock, make, product, used
+from tests.cuda.machine import aligned
 from tests.cuda_on_cpu.cublaslt import library
 
 
@@ -35,6 +39,16 @@ def test_a_second_start_takes_the_same_algorithm(tmp_path):
     assert chosen(tmp_path / "made" / "here", 2) == (3, False)
     [path] = (tmp_path / "made" / "here").iterdir()
     assert path.name.startswith("gemm-H200-sm-90-cuBLASLt-900000-fp32-")
+
+
+def test_a_product_with_a_mask_is_kept_as_well(tmp_path):
+    """Of its operation the library says nothing before it knows where the mask is."""
+    for fastest, measured in ((3, True), (2, False)):
+        library().fake_reset()
+        gemm, _ = make({1: 1.0, 2: 1.0, 3: 1.0, fastest: 0.5}, cache=PlanCache(tmp_path))
+        mask = aligned((5, 16), np.dtype(np.uint8))
+        product(gemm, after=After(Epilogue.RELU_AUX, mask))
+        assert (used(), library().fake_matmuls() > 1) == (3, measured)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from gpu_microgpt.backend.cuda import NARROW
 from gpu_microgpt.checkpoint import load
 from gpu_microgpt.config import Config
 from gpu_microgpt.dims import Dims
+from gpu_microgpt.ops.cuda.linear import relu_mask_bytes
 from gpu_microgpt.profile import PROFILED_STEPS, make_profiler
 from gpu_microgpt.trainer import Trainer
+from tests.cuda.engine_cases import engine_of
 from tests.cuda.stand_in import StandInGpu, install
-from tests.cuda.test_engine import PLACES, engine_of
 from tests.run_helpers import (
     MEASURED,
     assert_same_bits,
@@ -34,18 +35,6 @@ from tests.run_helpers import (
 from tests.test_profile import LAYERS, C, N, read, table
 
 accumulations = pytest.mark.parametrize("accumulated", [1, 3])
-
-
-@pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "stand-in":
-        install(monkeypatch, guarded=False)
-    return str(request.param)
-
-
-@pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[StandInGpu]:
-    return install(monkeypatch, guarded=False)
 
 
 def profiled(tmp_path: Path, *overrides: str) -> Trainer:
@@ -85,6 +74,10 @@ def test_bytes_and_flops_are_those_of_the_arrays(accumulated, place, tmp_path):
     added = found[f"bfloat16 ({N}, {C}) x ({C}, {C}) -> bfloat16, added"]  # attn_wo
     assert added["bytes"] == LAYERS * accumulated * 2 * (3 * N * C + C * C)
     assert added["flops"] == LAYERS * accumulated * 2 * N * C * C
+    if place == "stand-in":  # where the relu is always faster with its product
+        relu = found[f"bfloat16 ({N}, {C}) x ({C}, {4 * C}) -> bfloat16 with RELU_AUX"]
+        nbytes = 2 * (N * C + 4 * C * C + 4 * N * C) + N * relu_mask_bytes(4 * C)
+        assert relu["bytes"] == LAYERS * accumulated * nbytes
     wide = -(-dims.vocab_size // NARROW) * NARROW
     padded = Dims(dims.n_layer, dims.n_head, dims.n_embd, dims.block_size, wide)
     total = read(trainer.config.run.path)["total"]
@@ -103,7 +96,7 @@ def test_times_are_the_events_and_waited_for_once(late, monkeypatch, tmp_path):
         profilers.append(make_profiler(backend, wanted=True))
         return backend
 
-    monkeypatch.setattr("tests.cuda.test_engine.choose", choose_and_profile)
+    monkeypatch.setattr("tests.cuda.engine_cases.choose", choose_and_profile)
     engine, (gpu,), (profiler,) = engine_of(tmp_path, "profile=true"), opened, profilers
     with engine.backend:
         with profiler.step(1):

@@ -98,7 +98,6 @@ FORBIDDEN: dict[str, Callable[[StandInGpu, Any], object]] = {
     "a replay": lambda gpu, x: gpu.capture_before.launch(),
     "kernel softmax_warp first asked for": lambda gpu, x: operations_before(gpu).softmax(x, x),
 }
-LATER = {"waiting for": "wait", "asking what is done": "done"}
 
 
 def operations_before(gpu: StandInGpu) -> CudaOps:

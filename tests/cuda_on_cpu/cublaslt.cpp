@@ -69,7 +69,7 @@ struct Switches {
 } now;
 
 int handle_object, matmuls, heuristics, live;
-uint32_t last_id, last_reductions;
+uint32_t last_id;
 
 uint64_t sum_of(const Algo& algo) {
   uint64_t hash = 1469598103934665603u;
@@ -345,7 +345,6 @@ EXPORT int cublasLtMatmulAlgoGetHeuristic(void* handle, Desc* desc, Layout* a, L
   Problem p{desc, a, b, c, d, 0, 0, 0};
   if (!preference || wanted <= 0 || !results) return INVALID_VALUE;
   if (int status = understand(p)) return status;
-  last_reductions = preference->reductions;
   for (int i = 0; i < now.count && *found < wanted; ++i) {
     Algo algo{MAGIC, now.first + i, {}, uint64_t(i) << 20, desc->epilogue, 0, {}, 0};
     memcpy(algo.align, preference->align, sizeof algo.align);
@@ -402,4 +401,3 @@ EXPORT int fake_matmuls() { return matmuls; }
 EXPORT int fake_heuristics() { return heuristics; }
 EXPORT int fake_live() { return live; }
 EXPORT uint32_t fake_last_id() { return last_id; }
-EXPORT uint32_t fake_last_reductions() { return last_reductions; }

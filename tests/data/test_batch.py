@@ -93,3 +93,14 @@ def test_split_counts_scored_targets_of_each_part():
     targets[[0, 5]] = -1
     batch = Batch(whole.tokens, targets, whole.positions, whole.layout, 4)
     assert [piece.num_targets for piece in batch.split(3)] == [1, 2, 1]
+
+
+def test_all_arrays_are_moved():
+    batch = pack(sequences([3, 1, 4]))
+    there = batch.to(np.negative)
+    assert np.array_equal(there.tokens, -batch.tokens)
+    assert np.array_equal(there.targets, -batch.targets)
+    assert np.array_equal(there.positions, -batch.positions)
+    assert np.array_equal(there.layout.offsets, -batch.layout.offsets)
+    assert there.layout.runs == batch.layout.runs
+    assert there.num_targets == batch.num_targets

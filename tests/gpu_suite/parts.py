@@ -70,12 +70,7 @@ def run(part: Part, limit: float, dry_run: bool, scratch: Path) -> dict[str, Any
             part.command or own, cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL,
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        try:
-            code: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            end(process)
+        code = waited_for(process, limit)
     row: dict[str, Any] = {
         "name": part.name,
         "status": "ok" if code == 0 else "timed out" if code is None else "failed",
@@ -93,11 +88,17 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and what it started, which is a group of its own."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def waited_for(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """Its exit code, or None where it took longer. Whatever comes, it is ended, and what it
+    started, which is a group of its own."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu_suite.parts import ROOT, end
+from tests.gpu_suite.parts import ROOT, waited_for
 from tests.gpu_suite.results import Results
 
 # test bodies that run in several places are named after them: [gpu]
@@ -89,12 +89,7 @@ def _checked(command: list[str], limit: float) -> dict[str, Any]:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
-        try:
-            code: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            end(process)
+        code = waited_for(process, limit)
         file.seek(0)
         output = file.read()
     done = [x.partition(":")[0] for x in output.splitlines() if x.endswith(": done")]

@@ -23,7 +23,8 @@ SUCCESS, INVALID_VALUE, ARCH_MISMATCH, NOT_SUPPORTED = 0, 7, 8, 15
 ALLOC_FAILED, MAPPING_ERROR, EXECUTION_FAILED, INTERNAL_ERROR = 3, 11, 13, 14
 DEVICE_FAILURES = (ALLOC_FAILED, MAPPING_ERROR, EXECUTION_FAILED, INTERNAL_ERROR)
 TYPES = {"float32": 0, "bfloat16": 14}  # cudaDataType: CUDA_R_32F, CUDA_R_16BF
-ALL_REDUCTIONS, FLOAT_REDUCTION = 7, 2  # how parts of a sum over k may be put together
+NO_PARTS, FLOAT_PARTS, OUTPUT_PARTS = 0, 2, 4  # in which type parts of a sum over k are kept
+WHOLE_STEPS = 128  # numbers of k: what the steps of algorithms divide
 
 # attributes: their number, and the type of their value
 TRANSPOSE_A, TRANSPOSE_B = (3, c_int32), (4, c_int32)
@@ -93,10 +94,14 @@ class Product(NamedTuple):
     aux_ld: int = 0  # bits from one column's mask to the next
     aux_align: int = 0
 
+    @property
+    def inner(self) -> int:
+        """k: how many products a number of D sums up."""
+        return self.a.rows if self.transpose_a else self.a.columns
+
     def __str__(self) -> str:
         """As the caller sees it, row-major: bfloat16 (N, C) x (C, F) -> float32."""
-        n, f = self.d.columns, self.d.rows
-        c = self.a.rows if self.transpose_a else self.a.columns
+        n, f, c = self.d.columns, self.d.rows, self.inner
         tf32 = " in TF32" if self.compute is Compute.TF32 else ""
         after = "" if self.epilogue is Epilogue.DEFAULT else f" with {self.epilogue.name}"
         added = ", added" if self.beta else ""
@@ -168,8 +173,11 @@ class CublasLt:
         good = [result for result in results[: found.value] if result.state == SUCCESS]
         return [Algorithm.from_buffer_copy(result.algorithm) for result in good]
 
-    def fits(self, operation: Operation, algorithm: Algorithm, workspace: int) -> bool:
-        """Whether the algorithm does this operation on this GPU with so many bytes of workspace."""
+    def fits(self, operation: Operation, algorithm: Algorithm, aux: int, workspace: int) -> bool:
+        """Whether the algorithm does this operation on this GPU with so many bytes of workspace.
+        `aux`: the mask's address, without which no operation with a mask is sound."""
+        if aux:
+            self._describe(operation.description, AUX_POINTER, aux)
         result = HeuristicResult()
         ask = self._library.cublasLtMatmulAlgoCheck
         status = ask(
@@ -217,14 +225,13 @@ class CublasLt:
         return self._create(*names, TYPES[x.dtype], x.rows, x.columns, x.ld)
 
     def _preference(self, product: Product, workspace: int) -> Descriptor:
-        """What an algorithm may ask for. The library would take arrays to lie at multiples of 256
-        bytes, and may round parts of a bfloat16 sum before it adds them."""
+        """What an algorithm may ask for: the library would take arrays to lie at multiples of 256
+        bytes."""
         set_one = self._library.cublasLtMatmulPreferenceSetAttribute
         names = "cublasLtMatmulPreferenceCreate", "cublasLtMatmulPreferenceDestroy"
         preference = self._create(*names)
         self._set(set_one, preference, MAX_WORKSPACE, workspace)
-        whole = product.d.dtype == "float32"
-        self._set(set_one, preference, REDUCTIONS, ALL_REDUCTIONS if whole else FLOAT_REDUCTION)
+        self._set(set_one, preference, REDUCTIONS, _reductions(product))
         for attribute, operand in zip(ALIGNMENTS, product[:4], strict=True):
             self._set(set_one, preference, attribute, operand.align)
         return preference
@@ -249,6 +256,15 @@ class CublasLt:
             if status in DEVICE_FAILURES:
                 raise DeviceError(f"the GPU failed ({said})")
             raise BackendError(said)
+
+
+def _reductions(product: Product) -> int:
+    """How an algorithm may sum k in parts: not in place, where nothing promises their order, and so
+    the same bits; not rounded to bfloat16 between; and not at all where k ends within a step, which
+    versions 12.8 and 13.1 are reported to leave out (facebookexperimental/triton #2767)."""
+    if product.inner % WHOLE_STEPS:
+        return NO_PARTS
+    return FLOAT_PARTS | (OUTPUT_PARTS if product.d.dtype == "float32" else 0)
 
 
 _ONE, _ZERO = ctypes.c_float(1), ctypes.c_float(0)  # read during the call, captured or not

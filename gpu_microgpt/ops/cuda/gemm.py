@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import median
 from typing import Any, NamedTuple, Protocol
 
-from ...errors import BackendError
+from ...errors import BackendError, DeviceError
 from ...types import Array
 from .arrays import pointer, row_stride
 from .cublaslt import Algorithm, Compute, CublasLt, Epilogue, Operand, Operation, Product
@@ -162,15 +163,15 @@ class Gemm:
         """The algorithm that was kept, or else the fastest of the library's proposals."""
         self._refuse_capture(str(problem))
         operation = self._lt.operation(problem)
-        size = self.workspace.nbytes
+        aux, size = addresses.aux, self.workspace.nbytes
         kept = _algorithm(self._kept(repr(problem)))
-        if kept is not None and self._lt.fits(operation, kept, size):
+        if kept is not None and self._lt.fits(operation, kept, aux, size):
             return Plan(operation, kept)
-        found = self._lt.heuristic(problem, operation, addresses.aux, size, CANDIDATES)
-        found = [algorithm for algorithm in found if self._lt.fits(operation, algorithm, size)]
-        if not found:
+        found = self._lt.heuristic(problem, operation, aux, size, CANDIDATES)
+        found = [one for one in found if self._lt.fits(operation, one, aux, size)]
+        chosen = self._choose(problem, operation, found, addresses) if found else None
+        if chosen is None:
             return None
-        chosen = self._choose(problem, operation, found, addresses)
         self._keep(repr(problem), bytes(chosen).hex())
         return Plan(operation, chosen)
 
@@ -180,15 +181,17 @@ class Gemm:
         operation: Operation,
         found: list[Algorithm],
         addresses: Addresses,
-    ) -> Algorithm:
-        """Measure on the real arrays, which the product overwrites anyway.
+    ) -> Algorithm | None:
+        """Measure on the real arrays, which the product overwrites anyway; None where the library
+        refuses to do what it has proposed.
 
         What it adds to itself would be added many times: then the algorithm of the plain product of
         the same shape is taken, which did the first micro-batch, or else the library's first.
         """
         if problem.in_place:
             plain = self._plans.get(problem._replace(beta=False, in_place=False))
-            if plain and self._lt.fits(operation, plain.algorithm, self.workspace.nbytes):
+            size = self.workspace.nbytes
+            if plain and self._lt.fits(operation, plain.algorithm, addresses.aux, size):
                 return plain.algorithm
             return found[0]
 
@@ -196,18 +199,24 @@ class Gemm:
             return lambda: self._enqueue(operation, algorithm, addresses, problem.beta)
 
         times = self._measure([work(algorithm) for algorithm in found])
-        return found[_first_of_the_fastest(times)]
+        return None if min(times) == inf else found[_first_of_the_fastest(times)]
 
     def _measure(self, works: Sequence[Callable[[], None]]) -> list[float]:
-        """Milliseconds of each, the median of several rounds."""
+        """Milliseconds of each, the median of several rounds; infinite for what is refused."""
         if len(works) == 1:
             return [0.0]
         calls = []
         for work in works:
-            work()  # the first call may load the kernel
+            try:
+                work()  # the first call may load the kernel
+            except (BackendError, DeviceError):  # what it proposes, it may yet not do
+                self._queue.event()  # a GPU that is lost says so here
+                calls.append(0)
+                continue
             calls.append(max(1, min(MAX_CALLS, int(ROUND_MS / max(self._ms(work, 1), 1e-6)))))
         rounds = [
-            [self._ms(work, n) for work, n in zip(works, calls, strict=True)] for _ in range(ROUNDS)
+            [self._ms(work, n) if n else inf for work, n in zip(works, calls, strict=True)]
+            for _ in range(ROUNDS)
         ]
         return [median(times) for times in zip(*rounds, strict=True)]
 
