@@ -205,6 +205,9 @@ class Config(Settings):
         description="precision of matrix products; numpy: fp32, fp64; cupy: bf16, tf32, fp32; "
         "auto: bf16 on a GPU that has it, else fp32",
     )
+    kernels: Literal["auto", "reference", "compiled"] = Field(
+        default="auto", description="on the CPU: plain NumPy, or compiled by Numba; auto: if there"
+    )
     threads: CountOrZero = Field(default=0, description="CPU threads; 0: all cores")
     seed: int = Field(default=1337, ge=0, lt=2**64, description="fixes every random choice")
     rng: Literal["philox", "microgpt"] = Field(

@@ -20,8 +20,8 @@ from .settings import flatten
 
 Log = Callable[[str], None]
 MAY_DIFFER = (
-    "resume", "run.", "train.stop_at", "threads", "backend", "device", "profile", "sample.",
-    "checkpoint.",
+    "resume", "run.", "train.stop_at", "threads", "backend", "kernels", "device", "profile",
+    "sample.", "checkpoint.",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ ORDER = [
     "plot", "progress", "report", "readings", "signals", "trainer", "bench_setting", "bench_torch",
     "bench_gpu_setting", "bench_gpu", "bench_gpu_ops", "bench", "arguments", "cli", "__init__",
 ]  # fmt: skip
+NUMBA = {"numba", "llvmlite"}  # optional: only in ops/cpu
 CUPY = ("backend.", "ops.cuda.")  # the only modules that may import cupy
 # of it; neither its maths, slow to launch, nor its cuBLAS, which a capture refuses
 SERVICES = {
@@ -97,6 +98,8 @@ def faults(module: str, found: set[str]) -> list[str]:
             broken.append(f"{module} imports {name[1:]}, wanted nowhere")
         elif name == ":cupy" and not module.startswith(CUPY):
             broken.append(f"{module} imports cupy, wanted only in {' and '.join(CUPY)}")
+        elif name[1:] in NUMBA and not module.startswith("ops.cpu."):
+            broken.append(f"{module} imports {name[1:]}, wanted only in ops.cpu.")
         elif name == ":dynamic":
             broken.append(f"{module} imports by a name made at run time")
         elif name[0] != ":" and layer(name) != layer(module):
@@ -179,7 +182,8 @@ def test_reading_found_the_imports():
 
 KNOWN = {
     "__init__", "errors", "config", "model", "trainer", "data.__init__", "data.batch",
-    "ops.__init__", "ops.relu", "ops.cuda.__init__", "ops.cuda.relu", "backend.cupy",
+    "ops.__init__", "ops.relu", "ops.cpu.relu", "ops.cuda.__init__", "ops.cuda.relu",
+    "backend.cupy",
 }  # fmt: skip
 
 
@@ -199,6 +203,9 @@ KNOWN = {
         ("ops.cuda.relu", "from ...model import GPT", "imports model, which lies below"),
         ("config", "from .data import pack", "imports data.__init__, which lies below"),
         ("model", "import cupy", "imports cupy"),
+        ("ops.relu", "from numba import njit", "imports numba"),
+        ("model", "import llvmlite.ir", "imports llvmlite"),
+        ("ops.cpu.relu", "import numba\nfrom llvmlite import ir", None),
         ("ops.relu", "import cupy.cuda.nccl", "imports cupy"),
         ("model", "def f():\n    import torch.nn", "imports torch"),
         ("backend.cupy", "from torch import nn", "imports torch"),

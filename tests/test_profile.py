@@ -116,7 +116,7 @@ def test_of_one_step_there_is_no_profile(tmp_path, capsys):
 
 
 def test_without_it_nothing_is_wrapped(tmp_path):
-    config = settings(tmp_path, "backend=numpy", "train.steps=2")
+    config = settings(tmp_path, "backend=numpy", "kernels=reference", "train.steps=2")
     trainer = Trainer(config)
     trainer.run()
     assert type(trainer.engine.memory.ops).__name__ == "ReferenceOps"

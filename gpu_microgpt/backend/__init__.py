@@ -95,11 +95,11 @@ def choose(config: Config) -> Backend:
     cannot run here, ConfigError where there is no such GPU.
     """
     if config.backend == "numpy":
-        return NumpyBackend(config.dtype, config.threads)
+        return NumpyBackend(config.dtype, config.threads, "", config.kernels)
     if config.backend == "cupy":
         return _cuda(config)
     if config.dtype == "fp64":
-        return NumpyBackend(config.dtype, config.threads, "auto: fp64 is for numpy")
+        return NumpyBackend(config.dtype, config.threads, "auto: fp64 is for numpy", config.kernels)
     try:
         return _cuda(config, "auto")
     except BackendError as failure:
@@ -108,7 +108,7 @@ def choose(config: Config) -> Backend:
                 f"dtype: got {config.dtype}, which only backend cupy runs, and it cannot: {failure}"
             ) from None
         why = getattr(failure, "why", str(failure))
-        return NumpyBackend(config.dtype, config.threads, f"auto: {why}")
+        return NumpyBackend(config.dtype, config.threads, f"auto: {why}", config.kernels)
 
 
 def _cuda(config: Config, why: str = "") -> Backend:

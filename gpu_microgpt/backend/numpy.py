@@ -6,11 +6,14 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from importlib.util import find_spec
+from math import prod
 from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from ..arena import ALIGN
 from ..dims import Dims
 from ..errors import BackendError
 from ..ops import Ops
@@ -18,6 +21,7 @@ from ..ops.reference import ReferenceOps, workspace_bytes
 from ..types import Array
 
 DTYPES = {"auto": np.float32, "fp32": np.float32, "fp64": np.float64}
+INSTALL = "pip install 'gpu-microgpt[fast]'"
 SHARD_FLOPS = 5e8  # a smaller step loses more to the threads' hand-over than it gains
 PIECE_ROWS = 1024  # worked on at a time: enough for BLAS, few enough for the cache
 
@@ -28,16 +32,21 @@ class NumpyBackend:
     name = "numpy"
     is_host = True
 
-    def __init__(self, dtype: str = "auto", threads: int = 0, why: str = "") -> None:
-        """Take a dtype (auto, fp32, fp64), a number of threads (0 = every core), and why it is
-        this backend, for `describe`.
+    def __init__(
+        self, dtype: str = "auto", threads: int = 0, why: str = "", kernels: str = "reference"
+    ) -> None:
+        """Take a dtype (auto, fp32, fp64), a number of threads (0 = every core), why it is this
+        backend, for `describe`, and whose operations compute: reference, compiled, or auto, which
+        is compiled where Numba is installed.
 
-        Raises BackendError for the dtypes only GPUs run.
+        Raises BackendError for the dtypes only GPUs run, and for compiled without Numba.
         """
         if dtype not in DTYPES:
             raise BackendError(f"dtype: got {dtype}; backend numpy runs fp32 or fp64 (auto = fp32)")
         self.dtype = self.master = np.dtype(DTYPES[dtype])
         self.threads = threads or _usable_cores()
+        self.compiled = _compiles(kernels)
+        self._hint = "" if self.compiled or kernels == "reference" else f"; {INSTALL} compiles them"
         self._why = f" ({why})" if why else ""
         self._controller = ThreadpoolController()
         self._blas_threads = 1
@@ -50,9 +59,11 @@ class NumpyBackend:
         names = {f"{b['internal_api']} {b.get('architecture', '')}".strip() for b in blas}
         pinned = os.environ.get("OPENBLAS_CORETYPE")
         note = f", OPENBLAS_CORETYPE={pinned} is set" if pinned else ""
+        kernels = "compiled" if self.compiled else "plain NumPy"
         return (
             f"numpy {np.__version__} ({', '.join(sorted(names)) or 'no BLAS found'}{note}), "
-            f"{self.dtype.name}, {self.threads} thread{'s' * (self.threads != 1)}{self._why}"
+            f"{self.dtype.name}, {self.threads} thread{'s' * (self.threads != 1)}, "
+            f"kernels: {kernels}{self._hint}{self._why}"
         )
 
     def split(self, batch_size: int, length: int, flops: float) -> tuple[int, int]:
@@ -68,11 +79,11 @@ class NumpyBackend:
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Uninitialised memory."""
-        return np.empty(shape, dtype)
+        return _aligned(shape, dtype, np.empty)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Zeroed memory."""
-        return np.zeros(shape, dtype)
+        return _aligned(shape, dtype, np.zeros)
 
     def upload(self, array: Array, host: np.ndarray[Any, Any]) -> None:
         """Copy."""
@@ -87,12 +98,20 @@ class NumpyBackend:
         return np.array(array)
 
     def ops(self, workspace: Array) -> Ops:
-        """The reference operations."""
-        return ReferenceOps(np, workspace)
+        """The reference operations, or the compiled ones."""
+        if not self.compiled:
+            return ReferenceOps(np, workspace)
+        from ..ops.cpu import CompiledOps
+
+        return CompiledOps(np, workspace)
 
     def workspace_bytes(self, dims: Dims, rows: int, sequences: int = 0) -> int:
         """Scratch for batches of up to `rows` positions."""
-        return workspace_bytes(dims, rows, self.dtype.itemsize)
+        if not self.compiled:
+            return workspace_bytes(dims, rows, self.dtype.itemsize)
+        from ..ops import cpu
+
+        return cpu.workspace_bytes(dims, rows, self.dtype.itemsize)
 
     def pad_vocab(self, vocab_size: int) -> int:
         """No padding: BLAS takes any width."""
@@ -150,6 +169,24 @@ class NumpyBackend:
         if self._pool is not None and not self._stack:
             self._pool.shutdown()
             self._pool = None
+
+
+def _compiles(kernels: str) -> bool:
+    """Whether the compiled operations are to compute; Numba is imported with them, not here."""
+    if kernels == "reference":
+        return False
+    found = find_spec("numba") is not None
+    if not found and kernels == "compiled":
+        raise BackendError(f"kernels: got compiled, but Numba is not installed: {INSTALL}")
+    return found
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any, make: Callable[..., Array]) -> Array:
+    """An array whose first number lies where a cache line and the widest vector begin."""
+    size = prod(shape) * np.dtype(dtype).itemsize
+    raw = make(size + ALIGN, np.uint8)
+    start = -raw.ctypes.data % ALIGN
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _quietly(task: Callable[[], None]) -> None:

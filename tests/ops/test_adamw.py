@@ -5,6 +5,8 @@ import pytest
 
 from tests.op_cases import assert_close, blank, normal, planned_ops, twice
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 SIZES = [1, 63, 262_144, 262_145, 600_001]  # blocks of the flat buffer: part of one, one, several
 
 

@@ -9,8 +9,10 @@ from gpu_microgpt.data.batch import Layout
 from tests.gradcheck import check_gradients
 from tests.op_cases import assert_close, blank, normal, planned_ops, twice
 
-# lengths, heads, width of a head: one position; odd sizes; around the edges of tiles of 64; more
-# sequences, and more heads, than are worked on at a time
+pytestmark = pytest.mark.usefixtures("implementation")
+
+# lengths, heads, width of a head: one position; odd sizes; around the edges of tiles of 48 and 64;
+# more sequences, and more heads, than are worked on at a time
 SHAPES = [
     ([1], 1, 1),
     ([1, 1, 1], 3, 5),
@@ -18,6 +20,9 @@ SHAPES = [
     *(([length], 3, 5) for length in (63, 64, 65, 127, 128, 129)),
     ([63, 64, 64, 65, 128, 129], 1, 8),
     ([300], 1, 128),
+    ([1, 17, 33, 49, 256], 4, 32),
+    ([47, 48, 97], 2, 33),
+    ([96, 113], 6, 64),
     ([129] * 23, 3, 4),
     ([3, 129], 40, 2),
     ([9, 2, 64, 2], 2, 3),  # not sorted
@@ -107,7 +112,7 @@ def test_backward_is_the_whole_matrix(dtype, lengths, heads, width):
 
 @pytest.mark.parametrize(
     ("lengths", "heads", "width"),
-    [([1], 1, 1), ([1, 2, 2, 5], 3, 3), ([1, 65], 1, 2), ([129], 2, 2)],
+    [([1], 1, 1), ([1, 2, 2, 5], 3, 3), ([1, 65], 1, 2), ([129], 2, 2), ([17, 50], 1, 9)],
 )
 def test_gradients(lengths, heads, width):
     ops, layout, qkv = operations("float64", lengths, heads, width)
@@ -127,7 +132,7 @@ def test_gradients(lengths, heads, width):
     check_gradients(loss, arrays, gradients, rtol=1e-8)
 
 
-@pytest.mark.parametrize("length", [63, 64, 65, 129])
+@pytest.mark.parametrize("length", [17, 49, 63, 64, 65, 129])
 def test_a_position_sees_itself_and_none_after(dtype, length):
     ops, layout, qkv = operations(dtype, [length, length], 2, 4)
     outputs = []

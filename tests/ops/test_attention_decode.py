@@ -6,7 +6,12 @@ import pytest
 from gpu_microgpt.data.batch import Layout
 from tests.op_cases import assert_close, blank, normal, planned_ops
 
-SHAPES = [([0], 1, 1, 1), ([0, 3, 3, 6], 3, 5, 7), ([64, 0, 128], 2, 4, 129)]
+pytestmark = pytest.mark.usefixtures("implementation")
+
+SHAPES = [
+    ([0], 1, 1, 1), ([0, 3, 3, 6], 3, 5, 7), ([64, 0, 128], 2, 4, 129), ([255], 4, 32, 256),
+    ([16, 31], 2, 33, 40),
+]  # fmt: skip
 shapes = pytest.mark.parametrize(("lengths", "heads", "width", "block_size"), SHAPES)
 
 

@@ -6,6 +6,8 @@ import pytest
 from tests.gradcheck import check_gradients
 from tests.op_cases import assert_close, blank, normal, planned_ops, twice
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 # rows, channels, vocabulary, block size: one row; odd; rows cut into blocks for the look-up; both
 # sides of the change from one-hot products to sorting; sorted columns cut into blocks
 SHAPES = [

@@ -6,8 +6,13 @@ import pytest
 from tests.gradcheck import check_gradients
 from tests.op_cases import assert_close, blank, normal, planned_ops, twice
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 # rows, inputs C, outputs F
-SHAPES = [(1, 1, 1), (31, 33, 7), (33, 5, 20), (300, 64, 256), (7, 12, 999)]
+SHAPES = [
+    (1, 1, 1), (31, 33, 7), (33, 5, 20), (300, 64, 256), (7, 12, 999), (1, 64, 27), (9, 64, 27),
+    (260, 100, 66), (12, 528, 40),
+]  # fmt: skip
 
 
 def operations(dtype, rows, channels, width):

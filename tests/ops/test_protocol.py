@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,11 @@ STEMS = {
 }  # fmt: skip
 GRAPH = {"advance", "update_scalars", "forbid", "emit"}  # only a captured graph needs them
 IMPLEMENTATIONS = {ReferenceOps: set(OPS), CudaOps: set(OPS)}
-OWN = {ReferenceOps: set(OPS), CudaOps: set(OPS) | GRAPH}
+if find_spec("numba") is not None:
+    from gpu_microgpt.ops.cpu import CompiledOps
+
+    IMPLEMENTATIONS[CompiledOps] = set(OPS)
+OWN = IMPLEMENTATIONS | {CudaOps: set(OPS) | GRAPH}
 CASES = [(i, name) for i, names in IMPLEMENTATIONS.items() for name in sorted(names)]
 
 

@@ -6,6 +6,8 @@ import pytest
 from tests.gradcheck import away_from_zero, check_gradients
 from tests.op_cases import blank, normal, planned_ops, twice
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 SHAPES = [(1, 4), (31, 36), (600, 512)]  # rows, width; the last is cut into blocks of rows
 
 

@@ -8,6 +8,8 @@ import pytest
 from gpu_microgpt.generate import PhiloxUniforms
 from tests.op_cases import normal, planned_ops
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 MANY = 20_000
 
 

@@ -6,6 +6,8 @@ import pytest
 from tests.gradcheck import check_gradients
 from tests.op_cases import assert_close, blank, normal, planned_ops, twice
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 SHAPES = [(1, 1), (1, 3), (31, 33), (130, 4096)]  # the last is cut into blocks of rows
 
 

@@ -1,0 +1,80 @@
+"""The operations compiled for the CPU with Numba; `vector.py` is the language they are written in.
+
+Same names, signatures and results as `reference/`, which is the definition; float32 and float64.
+"""
+
+from __future__ import annotations
+
+from ...arena import array_bytes
+from ...dims import Dims
+from ..reference.context import Context
+from .adamw import adamw, clip_scale, global_norm
+from .attention import attention, attention_backward, attention_scratch
+from .attention_decode import attention_decode, cache_kv, decode_scratch
+from .cross_entropy import add_losses, cross_entropy, cross_entropy_backward
+from .embedding import embedding, embedding_backward
+from .linear import (
+    linear,
+    linear_add,
+    linear_backward,
+    linear_relu,
+    linear_scratch,
+    relu_linear_backward,
+)
+from .relu import relu, relu_backward
+from .rmsnorm import (
+    add_rmsnorm,
+    embedding_rmsnorm,
+    rmsnorm,
+    rmsnorm_backward,
+    rmsnorm_backward_add,
+)
+from .sample import sample, sample_philox, sample_scratch
+from .softmax import softmax, softmax_backward
+
+
+class CompiledOps(Context):
+    """All operations as methods over one workspace."""
+
+    embedding = embedding
+    embedding_backward = embedding_backward
+    rmsnorm = rmsnorm
+    embedding_rmsnorm = embedding_rmsnorm
+    add_rmsnorm = add_rmsnorm
+    rmsnorm_backward = rmsnorm_backward
+    rmsnorm_backward_add = rmsnorm_backward_add
+    linear = linear
+    linear_add = linear_add
+    linear_backward = linear_backward
+    linear_relu = linear_relu
+    relu_linear_backward = relu_linear_backward
+    relu = relu
+    relu_backward = relu_backward
+    attention = attention
+    attention_backward = attention_backward
+    cache_kv = cache_kv
+    attention_decode = attention_decode
+    softmax = softmax
+    softmax_backward = softmax_backward
+    cross_entropy = cross_entropy
+    cross_entropy_backward = cross_entropy_backward
+    add_losses = add_losses
+    global_norm = global_norm
+    clip_scale = clip_scale
+    adamw = adamw
+    sample = sample
+    sample_philox = sample_philox
+
+
+def workspace_bytes(dims: Dims, rows: int, itemsize: int) -> int:
+    """Scratch that the greediest operation wants, for batches of up to `rows` positions."""
+    c, v, t = dims.n_embd, dims.vocab_size, dims.block_size
+    return max(
+        sum(array_bytes(shape, itemsize) for shape in shapes)
+        for shapes in (
+            linear_scratch(max(4 * c, v), 4 * c, itemsize),
+            attention_scratch(rows, c, dims.n_head, t),
+            decode_scratch(t),
+            sample_scratch(v),
+        )
+    )

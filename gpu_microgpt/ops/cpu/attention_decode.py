@@ -1,0 +1,117 @@
+"""The KV cache, and attention of one new position a sequence over it.
+
+y = softmax(scale q k^T) v over the positions 0..length, scale = 1 / sqrt(D).
+
+qkv (S, 3C), read as (S, 3, H, D); keys, values (S, H, T, D): what a sequence and head needs lies in
+one piece, and each number of it is read once, so the time is that of reading the cache. Per
+sequence and head: the scores (keys,) as a product with few rows, the softmax along them, then the
+sum of the values' rows, in FOUR chains of additions, since one would wait for itself.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ...types import Array
+from ..reference.context import Context
+from .compile import compiled
+from .dots import product_of_few
+from .tile import STORE
+from .vector import (
+    at,
+    fma,
+    keep_below,
+    lanes,
+    load_some,
+    splat,
+    store_some,
+    vexp,
+    vmax,
+    vmax_of,
+    vsum,
+)
+
+FOUR = 4  # rows of values a step
+
+
+def cache_kv(
+    self: Context, keys: Array, values: Array, qkv: Array, sequences: Array, positions: Array
+) -> None:
+    """keys[s, :, t] = k, values[s, :, t] = v for each row's sequence s and position t."""
+    keep_kv(keys, values, qkv, sequences, positions)
+
+
+def attention_decode(
+    self: Context, y: Array, qkv: Array, keys: Array, values: Array, lengths: Array
+) -> None:
+    """y = softmax(q k^T / sqrt(D)) v over each sequence's positions 0..lengths."""
+    (p,) = self.scratch(y.dtype, *decode_scratch(keys.shape[2]))
+    decode(y, qkv, keys, values, lengths, p)
+
+
+def decode_scratch(block_size: int) -> tuple[tuple[int, ...], ...]:
+    """Probabilities of one head."""
+    return ((block_size,),)
+
+
+@compiled
+def keep_kv(keys: Any, values: Any, qkv: Any, sequences: Any, positions: Any) -> None:
+    """All rows; arrays as above, sequences and positions (N,)."""
+    n_head, width = keys.shape[1], keys.shape[3]
+    for row in range(len(sequences)):
+        sequence, position = sequences[row], positions[row]
+        for head in range(n_head):
+            for i in range(width):
+                column = head * width + i
+                keys[sequence, head, position, i] = qkv[row, n_head * width + column]
+                values[sequence, head, position, i] = qkv[row, 2 * n_head * width + column]
+
+
+@compiled
+def decode(y: Any, qkv: Any, keys: Any, values: Any, lengths: Any, p: Any) -> None:
+    """All sequences; arrays as above, p (T,)."""
+    size, n_head, longest, width = keys.shape
+    channels = n_head * width
+    for sequence in range(size):
+        count = int(lengths[sequence]) + 1
+        for head in range(n_head):
+            cache = (sequence * n_head + head) * longest * width
+            out = sequence * channels + head * width
+            q = at(qkv, sequence * 3 * channels + head * width)
+            product_of_few(STORE, 1, count, width, q, at(keys, cache), at(p, 0), at(p, 0))
+            total = _softmax(at(p, 0), count, 1 / math.sqrt(width))
+            _weighted(at(p, 0), at(values, cache), count, width, 1 / total, at(y, out))
+
+
+@compiled
+def _softmax(p: Any, count: Any, scale: Any) -> Any:
+    """Scores p (count,) become exp(scale (score - the largest)); returns their sum."""
+    m = splat(p, -math.inf)
+    for i in range(0, count, lanes(p)):
+        m = vmax(m, load_some(p, i, count - i, -math.inf))
+    low = splat(p, -vmax_of(m) * scale)
+    sums = splat(p, 0)
+    for i in range(0, count, lanes(p)):
+        e = keep_below(vexp(fma(load_some(p, i, count - i, 0), scale, low)), count - i, 0)
+        store_some(p, i, e, count - i)
+        sums += e
+    return vsum(sums)
+
+
+@compiled
+def _weighted(p: Any, v: Any, count: Any, width: Any, part: Any, y: Any) -> None:
+    """y (width,) = part sum of p_t v_t, v (count, width)."""
+    for j in range(0, width, lanes(v)):
+        n = width - j
+        a, b, c, d = splat(v, 0), splat(v, 0), splat(v, 0), splat(v, 0)
+        whole = count // FOUR * FOUR
+        for t in range(0, whole, FOUR):
+            i = t * width + j
+            a = fma(load_some(v, i, n, 0), p[t], a)
+            b = fma(load_some(v, i + width, n, 0), p[t + 1], b)
+            c = fma(load_some(v, i + 2 * width, n, 0), p[t + 2], c)
+            d = fma(load_some(v, i + 3 * width, n, 0), p[t + 3], d)
+        for t in range(whole, count):
+            a = fma(load_some(v, t * width + j, n, 0), p[t], a)
+        store_some(y, j, ((a + b) + (c + d)) * part, n)

@@ -1,0 +1,96 @@
+"""Softmax and cross-entropy in one, on the CPU.
+
+    loss = log(sum(exp(z))) - z[target]        dz = scale (exp(z) / sum(exp(z)) - onehot(target))
+
+logits z, dlogits dz (N, V); losses (N,); targets (N,) int32, -1: ignored, loss and gradient zero,
+and the logits of such a row are not looked at. Row after row: the largest, then exp and its sum,
+then for the gradient one more pass; a row is in L1 after the first. The forward writes no exp.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ...types import Array
+from ..reference.context import Context
+from .compile import compiled
+from .rows import exp_row, fill_row, scale_row
+from .vector import at
+
+
+@compiled
+def cross_entropy_rows(losses: Any, logits: Any, targets: Any, rows: Any, vocab: Any) -> None:
+    """The rows of `cross_entropy`; targets is an array, the others are places."""
+    for n in range(rows):
+        losses[n] = 0
+        if targets[n] >= 0:
+            row = at(logits, n * vocab)
+            largest, total = exp_row(row, row, vocab, False)
+            losses[n] = math.log(total) + largest - row[targets[n]]
+
+
+@compiled
+def cross_entropy_backward_rows(
+    dlogits: Any, losses: Any, logits: Any, targets: Any, scale: Any, rows: Any, vocab: Any
+) -> None:
+    """The rows of `cross_entropy_backward`; targets is an array, the others are places."""
+    for n in range(rows):
+        losses[n] = 0
+        row, out = at(logits, n * vocab), at(dlogits, n * vocab)
+        if targets[n] < 0:
+            fill_row(out, 0, vocab)
+            continue
+        chosen = row[targets[n]]  # before it is overwritten
+        largest, total = exp_row(out, row, vocab, True)
+        losses[n] = math.log(total) + largest - chosen
+        scale_row(out, out, scale / total, vocab)
+        out[targets[n]] -= scale
+
+
+@compiled
+def sum_losses(losses: Any, rows: Any) -> Any:
+    """Their sum, in float64 and in order."""
+    total = 0.0
+    for n in range(rows):
+        total += losses[n]
+    return total
+
+
+@compiled
+def _cross_entropy(losses: Any, logits: Any, targets: Any) -> None:
+    cross_entropy_rows(at(losses, 0), at(logits, 0), targets, *logits.shape)
+
+
+@compiled
+def _cross_entropy_backward(
+    dlogits: Any, losses: Any, logits: Any, targets: Any, scale: Any
+) -> None:
+    cross_entropy_backward_rows(
+        at(dlogits, 0), at(losses, 0), at(logits, 0), targets, scale, *logits.shape
+    )
+
+
+@compiled
+def _add_losses(total: Any, losses: Any) -> None:
+    total[0] += sum_losses(at(losses, 0), losses.size)
+
+
+def cross_entropy(self: Context, losses: Array, logits: Array, targets: Array) -> None:
+    """Each row's loss in nats; zero where the target is -1 (ignored)."""
+    _cross_entropy(losses, logits, targets)
+
+
+def cross_entropy_backward(
+    self: Context, dlogits: Array, losses: Array, logits: Array, targets: Array, scale: Any
+) -> None:
+    """dlogits = scale (softmax(logits) - onehot(target)); the losses come with it.
+
+    The gradient is derived in reference/cross_entropy.py.
+    """
+    _cross_entropy_backward(dlogits, losses, logits, targets, scale)
+
+
+def add_losses(self: Context, total: Array, losses: Array) -> None:
+    """total += sum(losses), in float64."""
+    _add_losses(total, losses)

@@ -1,0 +1,81 @@
+"""The matrix product for few rows (generation): c[i, j] = sum over l < k of a[i, l] bt[j, l].
+
+    product_of_few(mode, m, n, k, a, bt, c, r)
+
+a (m, k), bt (n, k), c and r (m, n) have contiguous rows, end to end; the modes are tile.py's. bt is
+read in place: packing it for so few rows of a would cost more than the product. As many rows of bt
+as a vector has lanes make a group, which stays in L1 while the rows of a pass by. A sum runs along
+a vector, over l; the vectors of a group are added up together, each into its own lane.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from .code import I64, Code, places, word
+from .compile import compiled
+from .tile import ADD, KEEP, RELU
+from .vector import at, keep, lanes, load_some, merged, store_some, vmax
+
+
+@word(places("v", "aaiii"))
+def _dots(
+    code: Code, a: ir.Value, bt: ir.Value, ldb: ir.Value, n: ir.Value, k: ir.Value
+) -> ir.Value:
+    """Lane j: a (k,) times row j of bt, for j < n; rows past the last repeat it."""
+    build = code.builder
+    last = build.sub(n, I64(1))
+    rows = []
+    for j in range(code.lanes):
+        row = build.select(build.icmp_signed("<", I64(j), last), I64(j), last)
+        rows.append(code.at(bt, build.mul(row, ldb)))
+    names = ("dot", "dot_step", "dot_end", "dot_rest", "dotted")
+    head, step, end, rest, done = (build.append_basic_block(name) for name in names)
+    whole, zero = build.and_(k, I64(-code.lanes)), code.constant(0)
+    before = build.block
+    build.branch(head)
+
+    build.position_at_end(head)
+    at_l, sums = build.phi(I64), [build.phi(code.vector) for _ in rows]
+    build.cbranch(build.icmp_signed("<", at_l, whole), step, end)
+
+    build.position_at_end(step)
+    x = code.load(a, at_l)
+    new = [code.fma(x, code.load(row, at_l), s) for row, s in zip(rows, sums, strict=True)]
+    at_l.add_incoming(I64(0), before)
+    at_l.add_incoming(build.add(at_l, I64(code.lanes)), step)
+    for s, value in zip(sums, new, strict=True):
+        s.add_incoming(zero, before)
+        s.add_incoming(value, step)
+    build.branch(head)
+
+    build.position_at_end(end)
+    build.cbranch(build.icmp_signed("<", whole, k), rest, done)
+    build.position_at_end(rest)
+    mask = code.below(build.sub(k, whole))
+    x = code.load_masked(a, whole, mask, zero)
+    last_terms = [code.load_masked(row, whole, mask, zero) for row in rows]
+    with_rest = [code.fma(x, term, s) for term, s in zip(last_terms, sums, strict=True)]
+    build.branch(done)
+
+    build.position_at_end(done)
+    totals = [build.phi(code.vector) for _ in rows]
+    for total, s, value in zip(totals, sums, with_rest, strict=True):
+        total.add_incoming(s, end)
+        total.add_incoming(value, rest)
+    return merged(code, totals)
+
+
+@compiled
+def product_of_few(mode, m, n, k, a, bt, c, r):
+    """c (m, n) from a (m, k) and bt (n, k): see above."""
+    for j in range(0, n, lanes(c)):
+        for i in range(m):
+            s = _dots(at(a, i * k), at(bt, j * k), k, n - j, k)
+            if mode == ADD:
+                s += load_some(r, i * n + j, n - j, 0)
+            elif mode == RELU:
+                s = vmax(0, s)
+            elif mode == KEEP:
+                s = keep(s, load_some(r, i * n + j, n - j, 0))
+            store_some(c, i * n + j, s, n - j)

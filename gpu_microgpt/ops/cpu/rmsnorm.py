@@ -1,0 +1,138 @@
+"""RMSNorm without parameters (Zhang & Sennrich 2019), on the CPU.
+
+    y = x rstd,  rstd = 1 / sqrt(mean(x^2) + eps)        dx = rstd (dy - y mean(dy y))
+
+x, y, dx, dy (N, C); rstd (N,); all of one dtype. Row after row, and a row twice: once for its sum,
+which runs along the vectors, once to write. The second time the row is in L1, so memory is read and
+written once. The sum before the norm (of the embeddings, or of branch and residual) is taken just
+before, row by row, for the same reason. The root and the division are in float64: one a row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ...types import Array
+from ..reference.context import Context
+from ..reference.rmsnorm import EPS
+from .compile import compiled
+from .rows import add_row, dot, scale_row
+from .vector import at, fma, lanes, load, load_some, store, store_some
+
+
+@compiled
+def rmsnorm_row(y: Any, x: Any, channels: Any) -> Any:
+    """y = x rstd; returns rstd. y may be x."""
+    rstd = 1 / math.sqrt(dot(x, x, channels) / channels + EPS)
+    scale_row(y, x, rstd, channels)
+    return rstd
+
+
+@compiled
+def rmsnorm_rows(y: Any, rstd: Any, x: Any, rows: Any, channels: Any) -> None:
+    """The rows of `rmsnorm`; y, rstd, x are places."""
+    for n in range(rows):
+        rstd[n] = rmsnorm_row(at(y, n * channels), at(x, n * channels), channels)
+
+
+@compiled
+def embedding_rmsnorm_rows(
+    y: Any, rstd: Any, tokens: Any, positions: Any, wte: Any, wpe: Any, rows: Any, channels: Any
+) -> None:
+    """The rows of `embedding_rmsnorm`; tokens and positions are arrays, the others places."""
+    for n in range(rows):
+        row = at(y, n * channels)
+        add_row(row, at(wte, tokens[n] * channels), at(wpe, positions[n] * channels), channels)
+        rstd[n] = rmsnorm_row(row, row, channels)
+
+
+@compiled
+def add_rmsnorm_rows(
+    x: Any, y: Any, rstd: Any, branch: Any, residual: Any, rows: Any, channels: Any
+) -> None:
+    """The rows of `add_rmsnorm`; all are places."""
+    for n in range(rows):
+        row = at(x, n * channels)
+        add_row(row, at(residual, n * channels), at(branch, n * channels), channels)
+        rstd[n] = rmsnorm_row(at(y, n * channels), row, channels)
+
+
+@compiled
+def rmsnorm_backward_row(dx: Any, dy: Any, y: Any, rstd: Any, channels: Any, add: Any) -> None:
+    """dx = rstd (dy - y mean(dy y)), or added to dx. dx may be dy."""
+    width = lanes(dx)
+    whole = channels // width * width
+    mean = dot(dy, y, channels) / channels
+    for j in range(0, whole, width):
+        v = fma(load(y, j), -mean, load(dy, j)) * rstd
+        if add:
+            v += load(dx, j)
+        store(dx, j, v)
+    if whole < channels:
+        rest = channels - whole
+        v = fma(load_some(y, whole, rest, 0), -mean, load_some(dy, whole, rest, 0)) * rstd
+        if add:
+            v += load_some(dx, whole, rest, 0)
+        store_some(dx, whole, v, rest)
+
+
+@compiled
+def rmsnorm_backward_rows(
+    dx: Any, dy: Any, y: Any, rstd: Any, rows: Any, channels: Any, add: Any
+) -> None:
+    """The rows of `rmsnorm_backward`, or with `add` of `rmsnorm_backward_add`; all are places."""
+    for n in range(rows):
+        i = n * channels
+        rmsnorm_backward_row(at(dx, i), at(dy, i), at(y, i), rstd[n], channels, add)
+
+
+@compiled
+def _rmsnorm(y: Any, rstd: Any, x: Any) -> None:
+    rmsnorm_rows(at(y, 0), at(rstd, 0), at(x, 0), *x.shape)
+
+
+@compiled
+def _embedding_rmsnorm(y: Any, rstd: Any, tokens: Any, positions: Any, wte: Any, wpe: Any) -> None:
+    embedding_rmsnorm_rows(
+        at(y, 0), at(rstd, 0), tokens, positions, at(wte, 0), at(wpe, 0), *y.shape
+    )
+
+
+@compiled
+def _add_rmsnorm(x: Any, y: Any, rstd: Any, branch: Any, residual: Any) -> None:
+    add_rmsnorm_rows(at(x, 0), at(y, 0), at(rstd, 0), at(branch, 0), at(residual, 0), *x.shape)
+
+
+@compiled
+def _rmsnorm_backward(dx: Any, dy: Any, y: Any, rstd: Any, add: Any) -> None:
+    rmsnorm_backward_rows(at(dx, 0), at(dy, 0), at(y, 0), at(rstd, 0), *y.shape, add)
+
+
+def rmsnorm(self: Context, y: Array, rstd: Array, x: Array) -> None:
+    """rstd = (mean(x^2) + eps)^(-1/2) a row; y = x rstd."""
+    _rmsnorm(y, rstd, x)
+
+
+def embedding_rmsnorm(
+    self: Context, y: Array, rstd: Array, tokens: Array, positions: Array, wte: Array, wpe: Array
+) -> None:
+    """rmsnorm(wte[tokens] + wpe[positions]); the sum is not kept."""
+    _embedding_rmsnorm(y, rstd, tokens, positions, wte, wpe)
+
+
+def add_rmsnorm(
+    self: Context, x: Array, y: Array, rstd: Array, branch: Array, residual: Array
+) -> None:
+    """x = residual + branch; y, rstd = rmsnorm(x)."""
+    _add_rmsnorm(x, y, rstd, branch, residual)
+
+
+def rmsnorm_backward(self: Context, dx: Array, dy: Array, y: Array, rstd: Array) -> None:
+    """dx = rstd (dy - y mean(dy y)); derived in reference/rmsnorm.py."""
+    _rmsnorm_backward(dx, dy, y, rstd, False)
+
+
+def rmsnorm_backward_add(self: Context, dx: Array, dy: Array, y: Array, rstd: Array) -> None:
+    """dx += rstd (dy - y mean(dy y))."""
+    _rmsnorm_backward(dx, dy, y, rstd, True)
