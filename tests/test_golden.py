@@ -19,11 +19,13 @@ from tests.run_helpers import no_warning, rows
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "microgpt_py.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["reference", "compiled"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole run of the shipped settings."""
+    if request.param == "compiled":
+        pytest.importorskip("numba", reason="the compiled operations need Numba")
     folder = tmp_path_factory.mktemp("golden")
-    config = Config.load("microgpt", [f"run.dir={folder}"])
+    config = Config.load("microgpt", [f"run.dir={folder}", f"kernels={request.param}"])
     try:
         load_corpus(config.data, log=print)
     except DownloadError as failure:

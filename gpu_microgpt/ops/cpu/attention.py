@@ -31,10 +31,10 @@ from .tile import (
     ADD,
     STORE,
     TWO,
-    _one,
     pack_strip,
     pack_strip_transposed,
     product,
+    tile_1,
 )
 from .vector import at, fma, keep_from, lanes, load, splat, store, vexp, vmax
 
@@ -279,6 +279,6 @@ def _product(
     if n <= lanes(c):
         for i in range(0, m, 8):
             row = at(c, i * ldc)
-            _one(STORE, m - i, n, k, at(a, i * as0), as0, as1, b, ldb, row, ldc, row, ldc)
+            tile_1(STORE, m - i, n, k, at(a, i * as0), as0, as1, b, ldb, row, ldc, row, ldc)
     else:
         product(STORE, m, n, k, a, as0, as1, b, ldb, c, ldc, c, ldc)

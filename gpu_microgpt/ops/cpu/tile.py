@@ -156,7 +156,7 @@ def _finish_edge(
 
 
 TWO = 12 if REGISTERS == 32 else 6  # rows of a tile two vectors wide
-_one, _two, _three, _four = _tile(8, 1), _tile(TWO, 2), _tile(8, 3), _tile(6, 4)
+tile_1, tile_2, tile_3, tile_4 = _tile(8, 1), _tile(TWO, 2), _tile(8, 3), _tile(6, 4)
 
 
 @compiled
@@ -203,20 +203,20 @@ def _strip(mode, m, n, k, a, as0, as1, b, ldb, c, ldc, r, ldr):
     vectors = (n + lanes(c) - 1) // lanes(c)
     if vectors == 1:
         for i in range(0, m, 8):
-            _one(mode, m - i, n, k, at(a, i * as0), as0, as1, b, ldb, at(c, i * ldc), ldc,
-                 at(r, i * ldr), ldr)  # fmt: skip
+            tile_1(mode, m - i, n, k, at(a, i * as0), as0, as1, b, ldb, at(c, i * ldc), ldc,
+                   at(r, i * ldr), ldr)  # fmt: skip
     elif vectors == 2:
         for i in range(0, m, TWO):
-            _two(mode, m - i, n, k, at(a, i * as0), as0, as1, b, ldb, at(c, i * ldc), ldc,
-                 at(r, i * ldr), ldr)  # fmt: skip
+            tile_2(mode, m - i, n, k, at(a, i * as0), as0, as1, b, ldb, at(c, i * ldc), ldc,
+                   at(r, i * ldr), ldr)  # fmt: skip
     elif vectors == 3:
         for i in range(0, m, 8):
-            _three(mode, m - i, n, k, at(a, i * as0), as0, as1, b, ldb, at(c, i * ldc), ldc,
+            tile_3(mode, m - i, n, k, at(a, i * as0), as0, as1, b, ldb, at(c, i * ldc), ldc,
                    at(r, i * ldr), ldr)  # fmt: skip
     else:
         for i in range(0, m, 6):
-            _four(mode, m - i, n, k, at(a, i * as0), as0, as1, b, ldb, at(c, i * ldc), ldc,
-                  at(r, i * ldr), ldr)  # fmt: skip
+            tile_4(mode, m - i, n, k, at(a, i * as0), as0, as1, b, ldb, at(c, i * ldc), ldc,
+                   at(r, i * ldr), ldr)  # fmt: skip
 
 
 @compiled
