@@ -15,7 +15,7 @@ from typing import Any
 from ...types import Array
 from ..reference.context import Context
 from .compile import compiled
-from .rows import exp_row, fill_row, scale_row
+from .rows import exp_row, fill_row, scale_row, sum_of
 from .vector import at
 
 
@@ -49,15 +49,6 @@ def cross_entropy_backward_rows(
 
 
 @compiled
-def sum_losses(losses: Any, rows: Any) -> Any:
-    """Their sum, in float64 and in order."""
-    total = 0.0
-    for n in range(rows):
-        total += losses[n]
-    return total
-
-
-@compiled
 def _cross_entropy(losses: Any, logits: Any, targets: Any) -> None:
     cross_entropy_rows(at(losses, 0), at(logits, 0), targets, *logits.shape)
 
@@ -73,7 +64,7 @@ def _cross_entropy_backward(
 
 @compiled
 def _add_losses(total: Any, losses: Any) -> None:
-    total[0] += sum_losses(at(losses, 0), losses.size)
+    total[0] += sum_of(at(losses, 0), losses.size)
 
 
 def cross_entropy(self: Context, losses: Array, logits: Array, targets: Array) -> None:

@@ -99,3 +99,12 @@ def exp_row(y: Any, x: Any, n: Any, keep: Any) -> Any:
         if keep:
             store_some(y, whole, e, n - whole)
     return largest, vsum(total)
+
+
+@compiled
+def sum_of(x: Any, n: Any) -> Any:
+    """Sum of x, in float64 and in order."""
+    total = 0.0
+    for i in range(n):
+        total += x[i]
+    return total

@@ -24,7 +24,7 @@ from ...types import Array
 from ..reference.context import Context
 from ..reference.sample import GREEDY
 from .compile import compiled
-from .rows import largest_of
+from .rows import largest_of, sum_of
 from .vector import at, lanes, load, load_some, store, store_some
 
 
@@ -42,18 +42,9 @@ def shift_row(x: Any, temperature: Any, vocab: Any) -> None:
 
 
 @compiled
-def total_of(weights: Any, vocab: Any) -> Any:
-    """Their sum, in float64 and in order."""
-    total = 0.0
-    for i in range(vocab):
-        total += weights[i]
-    return total
-
-
-@compiled
 def draw_row(weights: Any, draw: Any, vocab: Any) -> Any:
     """The first id up to which the weights add up to more than `draw` of their sum."""
-    wanted = draw * total_of(weights, vocab)
+    wanted = draw * sum_of(weights, vocab)
     cumulative = 0.0
     for i in range(vocab):
         cumulative += weights[i]
@@ -104,7 +95,7 @@ def keep_likely_row(weights: Any, heap: Any, top_k: Any, top_p: Any, vocab: Any)
     for slot in range(vocab // 2 - 1, -1, -1):
         _sink(heap, vocab, weights, slot)
     limit = min(top_k, vocab) if top_k > 0 else vocab
-    mass = total_of(weights, vocab)
+    mass = sum_of(weights, vocab)
     if top_k > 0:
         mass = 0.0
         for taken in range(limit):
