@@ -3,8 +3,6 @@ read when they have come."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,14 +10,15 @@ import numpy as np
 from .activations import Activations
 from .backend import Backend
 from .backend.cuda import CudaBackend
+from .backend.numpy import NumpyBackend
 from .config import Config
 from .data.dataset import Split
 from .graph_step import GraphEvaluator, GraphStep
+from .host_step import HostEngine
 from .model import GPT
 from .optim import Optimizer
 from .profile import Profiler
-from .schedule import learning_rate
-from .step import Shards, Step
+from .step import Shards
 
 
 class Figures(Protocol):
@@ -47,7 +46,8 @@ class Engine(Protocol):
         """Enqueue a step, counted from 1; each follows the one before."""
 
     def ask(self) -> Figures:
-        """Ask for the figures of the steps enqueued so far; does not wait."""
+        """Ask for the figures of the steps enqueued so far; does not wait for a device. Once they
+        are read the steps are done: weights, moments and memory are the last one's."""
 
     def pause(self) -> None:
         """What comes until the next step is not to be counted in its time."""
@@ -77,10 +77,20 @@ def make_engine(
     """Take memory for training `model` on `split`; on the CPU, `profiler` sees its operations."""
     if isinstance(backend, CudaBackend):
         return GraphStep(model, config, backend, split, total_steps)
-    engine = HostEngine(model, config, backend, split, total_steps)
+    engine = _host_engine(backend)(model, config, backend, split, total_steps)
     if profiler is not None:
         profiler.watch(shard.memory for shard in engine.step.shards.shards)
     return engine
+
+
+def _host_engine(backend: Backend) -> type[HostEngine]:
+    """Steps of operations one by one, or recorded where they are compiled (with Numba, which is
+    not imported elsewhere)."""
+    if not (isinstance(backend, NumpyBackend) and backend.compiled):
+        return HostEngine
+    from .compiled_step import CompiledEngine
+
+    return CompiledEngine
 
 
 def make_evaluator(model: GPT, config: Config, backend: Backend) -> Evaluator:
@@ -88,67 +98,3 @@ def make_evaluator(model: GPT, config: Config, backend: Backend) -> Evaluator:
     if isinstance(backend, CudaBackend):
         return GraphEvaluator.build(model, config, backend)
     return Shards.build(model, config, backend, training=False)
-
-
-@dataclass(frozen=True)
-class HostFigures:
-    """Nothing is on its way: the host did the work."""
-
-    values: np.ndarray[Any, Any]
-    seconds: float
-    steps: int
-
-    def done(self) -> bool:
-        """It has."""
-        return True
-
-    def records(self) -> np.ndarray[Any, Any]:
-        """A copy of the step's."""
-        return self.values
-
-    def ms_per_step(self) -> float:
-        """By the host's clock, making batches included."""
-        return 1e3 * self.seconds / self.steps if self.steps else 0.0
-
-
-class HostEngine:
-    """Batches made and worked on by the host, one step after the other."""
-
-    def __init__(
-        self, model: GPT, config: Config, backend: Backend, split: Split, total_steps: int
-    ) -> None:
-        """Take memory."""
-        self.config, self.backend, self._split, self._total = config, backend, split, total_steps
-        self.step = Step.build(model, config, backend)
-        self.optimizer = self.step.optimizer
-        self.memory = self.step.shards.shards[0].memory
-        self.ring = len(self.step.records)
-        self._seconds, self._steps = 0.0, 0
-
-    def train(self, step: int) -> None:
-        """Do a step."""
-        start = time.perf_counter()
-        config = self.config
-        rate = learning_rate(config.schedule, config.optimizer.lr, step - 1, self._total)
-        micros = range(config.train.grad_accum)
-        self.step.train([self._split.batch(step - 1, micro) for micro in micros], rate, step)
-        self._seconds += time.perf_counter() - start
-        self._steps += 1
-
-    def ask(self) -> Figures:
-        """They are here."""
-        records = self.backend.to_host(self.step.records)
-        figures = HostFigures(records, self._seconds, self._steps)
-        self._seconds, self._steps = 0.0, 0
-        return figures
-
-    def pause(self) -> None:
-        """Only steps are timed."""
-
-    def mean_loss(self, split: Split, limit: int = 0) -> float:
-        """Over the shards."""
-        return self.step.shards.mean_loss(split, limit)
-
-    def gradients(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Of the mean loss, summed over the shards."""
-        return self.step.grads.to_host(self.backend)

@@ -32,17 +32,24 @@ class Optimizer:
 
         Each worker's operations take a stretch of the flat buffers, side by side.
         """
-        c = self.config
-        beta1, beta2 = c.betas
-        self.scalars[:3] = rate, 1 - beta1**step, 1 - beta2**step
-        workers[0].global_norm(self.norm, grads.flat)
-        if c.grad_clip:
-            workers[0].clip_scale(self.scalars[3:], self.norm, c.grad_clip)
+        self.scalars[:3] = self.rates(rate, step)
+        self.measure(workers[0], grads)
         size = -(-len(grads.flat) // len(workers))
         self.backend.run([
             partial(self.apply, ops, grads, slice(i * size, (i + 1) * size))
             for i, ops in enumerate(workers)
         ])  # fmt: skip
+
+    def rates(self, rate: float, step: int) -> tuple[float, float, float]:
+        """What `scalars` begin with in a step: rate and bias corrections."""
+        beta1, beta2 = self.config.betas
+        return rate, 1 - beta1**step, 1 - beta2**step
+
+    def measure(self, ops: Ops, grads: Params) -> None:
+        """Take the norm, and where clipping is wanted its scale."""
+        ops.global_norm(self.norm, grads.flat)
+        if self.config.grad_clip:
+            ops.clip_scale(self.scalars[3:], self.norm, self.config.grad_clip)
 
     def apply(self, ops: Ops, grads: Params, part: slice = slice(None)) -> None:
         """Update that part of the weights by `scalars` as they are."""

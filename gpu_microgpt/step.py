@@ -133,6 +133,10 @@ class Step:
         """
         count = sum(batch.num_targets for batch in batches)
         self.shards.run("train", batches, 1 / count)
+        self.update(count, rate, step)
+
+    def update(self, count: int, rate: float, step: int) -> None:
+        """The rest, once the shards have losses and gradients of a step with `count` targets."""
         first, *others = self.shards.shards
         for shard in others:
             first.grads.flat += shard.grads.flat

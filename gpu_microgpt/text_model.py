@@ -11,6 +11,7 @@ import numpy as np
 
 from .backend import Backend, choose
 from .backend.cuda import CudaBackend
+from .backend.numpy import NumpyBackend
 from .checkpoint import State, find
 from .config import Config
 from .data.tokenizer import CharTokenizer
@@ -135,6 +136,10 @@ def make_generator(model: GPT, backend: Backend, sequences: int) -> Generator | 
     """Take memory for writing so many texts side by side."""
     if isinstance(backend, CudaBackend):
         return GraphGenerator(model, backend, sequences)
+    if isinstance(backend, NumpyBackend) and backend.compiled:
+        from .compiled_generate import CompiledGenerator  # with Numba, imported nowhere else
+
+        return CompiledGenerator(model, backend, sequences)
     return Generator(model, backend, sequences)
 
 

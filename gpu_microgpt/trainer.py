@@ -186,16 +186,18 @@ class Trainer:
 
         evaluate = self.dataset.val is not None and (due(train.eval_interval) or at_end)
         save = due(self.config.checkpoint.interval) or step == self.end
+        histograms = due(train.histogram_interval)
+        samples = (due(train.sample_interval) or at_end) and self.config.sample.num > 0
         self.readings.after(step)
-        if save or evaluate or at_end:
-            self.readings.flush(step)
-        if due(train.histogram_interval):
+        if save or evaluate or histograms or samples or at_end:
+            self.readings.flush(step)  # what follows looks at the weights
+        if histograms:
             with self.profiler.range("histograms"):
                 self._histograms(step)
         if evaluate:
             with self.profiler.range("evaluation"):
                 save |= self._evaluate(step)
-        if (due(train.sample_interval) or at_end) and self.config.sample.num:
+        if samples:
             with self.profiler.range("samples"):
                 self.report.samples(step, self._samples())
             self.engine.pause()

@@ -27,7 +27,7 @@ def planned_ops(
         from gpu_microgpt.ops.cpu import CompiledOps, workspace_bytes
 
         planned = workspace_bytes(dims, rows, np.dtype(dtype).itemsize)
-        return CompiledOps(np, np.full(planned, 0xFF, np.uint8))
+        return CompiledOps(np, np.full(planned, 0xFF, np.uint8), dtype)
     backend = NumpyBackend(NAMES[dtype])
     return backend.ops(np.full(backend.workspace_bytes(dims, rows), 0xFF, np.uint8))
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpu_microgpt import cli
+from gpu_microgpt import cli, engine
 from gpu_microgpt.checkpoint import newest
 from gpu_microgpt.data.dataset import Split
+from gpu_microgpt.host_step import HostEngine
 from gpu_microgpt.model import GPT
 from tests.run_helpers import (
     QUIET,
@@ -55,6 +56,7 @@ def spoiled(step: int, value: float) -> Iterator[None]:
         return losses
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_host_engine", lambda backend: HostEngine)  # steps made in Python
         patch.setattr(Split, "batch", batch)
         patch.setattr(GPT, "backward", spoil)
         yield

@@ -15,12 +15,13 @@ ROOT = Path(gpu_microgpt.__file__).parent
 
 # Top to bottom; a folder is one layer, inside which imports must only not go round in circles.
 ORDER = [
-    "version", "errors", "types", "arena", "settings", "config", "schedule", "rng", "dims",
-    "data", "ops", "backend", "profile", "params", "activations", "kv_cache", "model", "optim",
-    "step", "graph_step", "engine", "memory_plan", "atomic_folder", "checkpoint", "snapshot",
-    "run_folder", "generate", "graph_generate", "text_model", "evaluate", "event_files", "metrics",
-    "plot", "progress", "report", "readings", "signals", "trainer", "bench_setting", "bench_torch",
-    "bench_gpu_setting", "bench_gpu", "bench_gpu_ops", "bench", "arguments", "cli", "__init__",
+    "version", "errors", "types", "arena", "settings", "config", "schedule", "rng", "dims", "data",
+    "ops", "backend", "profile", "params", "activations", "kv_cache", "model", "optim", "step",
+    "host_step", "compiled_step", "graph_step", "engine", "memory_plan", "atomic_folder",
+    "checkpoint", "snapshot", "run_folder", "generate", "compiled_generate", "graph_generate",
+    "text_model", "evaluate", "event_files", "metrics", "plot", "progress", "report", "readings",
+    "signals", "trainer", "bench_setting", "bench_torch", "bench_gpu_setting", "bench_gpu",
+    "bench_gpu_ops", "bench", "arguments", "cli", "__init__",
 ]  # fmt: skip
 NUMBA = {"numba", "llvmlite"}  # optional: only in ops/cpu
 CUPY = ("backend.", "ops.cuda.")  # the only modules that may import cupy

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from gpu_microgpt import engine
 from gpu_microgpt.backend.numpy import NumpyBackend
 from gpu_microgpt.checkpoint import load
+from gpu_microgpt.host_step import HostEngine
 from gpu_microgpt.profile import PROFILED_STEPS, Launch, Profile, Profiler
 from gpu_microgpt.trainer import Trainer
 from tests.run_helpers import (
@@ -57,6 +59,7 @@ def test_the_table_has_the_operations_of_a_step(threads, accumulated, tmp_path, 
     args = (*args, f"train.grad_accum={accumulated}")
     found = table(train(tmp_path, *args, "profile=true"))
     counts, ops = Counter[str](), NumpyBackend.ops
+    monkeypatch.setattr(engine, "_host_engine", lambda backend: HostEngine)  # none is recorded
     monkeypatch.setattr(NumpyBackend, "ops", lambda *a: Counting(ops(*a), counts))
     train(tmp_path, *args, "run.name=counted")
     assert {name: 12 * row["calls"] for name, row in found.items()} == counts

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gpu_microgpt import cli
 from gpu_microgpt.checkpoint import newest
-from gpu_microgpt.data.batch import Batch
 from gpu_microgpt.data.dataset import Split
 from tests.run_helpers import (
     Trap,
@@ -89,21 +89,28 @@ def test_while_it_reports(
     assert_same_run(run, straight, N)
 
 
-def test_in_the_middle_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Split.batch
+@pytest.mark.parametrize(("kernels", "stopped"), [("reference", 7), ("auto", 8)])
+def test_in_the_middle_of_a_step(
+    kernels: str, stopped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled steps are done two by two, as often as they are logged, and so is what stops."""
+    if kernels == "auto":
+        pytest.importorskip("numba")
+    original = Split.sequences
 
-    def batch(self: Split, step: int, micro: int = 0) -> Batch:
-        if step == 6:  # the seventh
+    def sequences(self: Split, step: int, steps: int) -> Any:
+        if step <= 6 < step + steps:  # the seventh
             signal.raise_signal(signal.SIGTERM)
-        return original(self, step, micro)
+        return original(self, step, steps)
 
+    args = [f"kernels={kernels}"]
     with monkeypatch.context() as patch:
-        patch.setattr(Split, "batch", batch)
-        assert cli.main(["train", settings_file(tmp_path)]) == 143
+        patch.setattr(Split, "sequences", sequences)
+        assert cli.main(["train", settings_file(tmp_path, *args)]) == 143
     run = settings(tmp_path).run.path
-    assert saved(run)[-1] == 7
-    straight = train(tmp_path, "run.name=straight")
-    train(tmp_path, "resume=auto")
+    assert saved(run)[-1] == stopped
+    straight = train(tmp_path, "run.name=straight", *args)
+    train(tmp_path, "resume=auto", *args)
     assert_same_run(run, straight, N)
 
 

@@ -13,7 +13,7 @@ from gpu_microgpt.data.batch import Batch, pack
 from gpu_microgpt.data.corpus import load_corpus
 from gpu_microgpt.data.dataset import Dataset
 from gpu_microgpt.dims import Dims
-from gpu_microgpt.engine import HostEngine
+from gpu_microgpt.host_step import HostEngine
 from gpu_microgpt.optim import Optimizer
 from gpu_microgpt.params import Params
 from gpu_microgpt.step import Shard, ShardPlan, Shards, Step
@@ -272,7 +272,7 @@ def test_the_hosts_clock_runs_while_steps_are_done(tmp_path, monkeypatch):
     backend, model = make_model(Dims.of(config.model, dataset.tokenizer.vocab_size))
     engine = HostEngine(model, config, backend, dataset.train, 12)
     ticks = iter([0.0, 2.0, 10.0, 14.0, 100.0, 107.0])  # before and after each step
-    monkeypatch.setattr("gpu_microgpt.engine.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("gpu_microgpt.host_step.time.perf_counter", lambda: next(ticks))
     with backend:
         engine.train(1)
         engine.train(2)

@@ -103,7 +103,7 @@ class NumpyBackend:
             return ReferenceOps(np, workspace)
         from ..ops.cpu import CompiledOps
 
-        return CompiledOps(np, workspace)
+        return CompiledOps(np, workspace, self.dtype)
 
     def workspace_bytes(self, dims: Dims, rows: int, sequences: int = 0) -> int:
         """Scratch for batches of up to `rows` positions."""

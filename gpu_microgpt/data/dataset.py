@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -91,12 +92,20 @@ class Split:
         It takes the samples numbered (step * grad_accum + micro) * batch_size and on of an endless
         sequence: one shuffled epoch after the other, or independent draws.
         """
+        starts, lengths = self.sequences(step, 1)
+        return gather(self.flat, starts[0, micro], lengths[0, micro])
+
+    def sequences(self, step: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the batches of so many steps from the 0-based one on are gathered of: starts and
+        lengths, (steps, grad_accum, batch_size) int64 each, in the order `batch` takes them."""
         train = self.config.train
-        first = (step * train.grad_accum + micro) * train.batch_size
-        items = self.draw(first, train.batch_size)
+        shape = (steps, train.grad_accum, train.batch_size)
+        items = self.draw(step * prod(shape[1:]), prod(shape))
         if self.windows and self.config.data.order == "random":
-            return gather(self.flat, items, np.full(len(items), self.config.model.block_size))
-        return self._gather(items)
+            starts, lengths = items, np.full(len(items), self.config.model.block_size)
+        else:
+            starts, lengths = self.starts[items], self.lengths[items]
+        return starts.reshape(shape), lengths.reshape(shape)
 
     def batches(self, limit: int = 0) -> Iterator[Batch]:
         """The whole split in batches, each target once; or, where that would be more than `limit`

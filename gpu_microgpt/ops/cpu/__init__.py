@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from ...arena import array_bytes
 from ...dims import Dims
-from ..reference.context import Context
 from .adamw import adamw, clip_scale, global_norm
 from .attention import attention, attention_backward, attention_scratch
 from .attention_decode import attention_decode, cache_kv, decode_scratch
 from .cross_entropy import add_losses, cross_entropy, cross_entropy_backward
 from .embedding import embedding, embedding_backward
+from .instructions import Instructions
 from .linear import (
     linear,
     linear_add,
@@ -21,6 +21,7 @@ from .linear import (
     linear_scratch,
     relu_linear_backward,
 )
+from .play import play
 from .relu import relu, relu_backward
 from .rmsnorm import (
     add_rmsnorm,
@@ -33,9 +34,10 @@ from .sample import sample, sample_philox, sample_scratch
 from .softmax import softmax, softmax_backward
 
 
-class CompiledOps(Context):
+class CompiledOps(Instructions):
     """All operations as methods over one workspace."""
 
+    _play = staticmethod(play)
     embedding = embedding
     embedding_backward = embedding_backward
     rmsnorm = rmsnorm

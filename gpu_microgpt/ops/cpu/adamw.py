@@ -14,12 +14,12 @@ import math
 from typing import Any
 
 from ...types import Array
-from ..reference.adamw import clip_scale as clip_scale
-from ..reference.context import Context
 from .compile import compiled
+from .instructions import ADAMW, CLIP_SCALE, GLOBAL_NORM, Instructions
 from .rows import dot
 from .vector import at, fma, lanes, load, load_some, splat, store, store_some, vsqrt
 
+LEAST = 1e-12  # a smaller norm is none
 CHUNK = 4096  # of the lanes' sums in float32 then has at most 128 terms
 
 
@@ -47,7 +47,7 @@ def adamw_flat(
     params: Any, m: Any, v: Any, grads: Any, scalars: Any, beta1: Any, beta2: Any, eps: Any,
     weight_decay: Any, size: Any,
 ) -> None:  # fmt: skip
-    """All weights; scalars (4,) is an array, params, m, v, grads are places."""
+    """All weights; scalars (4,) are float64, params, m, v, grads are places."""
     rate, correction1, correction2, clip = scalars[0], scalars[1], scalars[2], scalars[3]
     root = math.sqrt(correction2)
     factors = (
@@ -75,35 +75,38 @@ def adamw_flat(
 
 
 @compiled
-def _global_norm(norm: Any, grads: Any) -> None:
-    norm[0] = math.sqrt(sum_squares(at(grads, 0), grads.size))
+def norm_of(grads: Any, size: Any) -> Any:
+    """The root of the sum of squares; grads is a place."""
+    return math.sqrt(sum_squares(grads, size))
 
 
 @compiled
-def _adamw(
-    params: Any, m: Any, v: Any, grads: Any, scalars: Any, beta1: Any, beta2: Any, eps: Any,
-    weight_decay: Any,
-) -> None:  # fmt: skip
-    adamw_flat(
-        at(params, 0), at(m, 0), at(v, 0), at(grads, 0), scalars, beta1, beta2, eps, weight_decay,
-        params.size,
-    )  # fmt: skip
+def clip(norm: Any, max_norm: Any) -> Any:
+    """min(1, max_norm / norm); NaN stays."""
+    factor = max_norm / max(norm, LEAST)
+    return 1.0 if factor > 1 else factor
 
 
-def global_norm(self: Context, norm: Array, grads: Array) -> None:
+def global_norm(self: Instructions, norm: Array, grads: Array) -> None:
     """norm = sqrt(sum(grads^2)), in a fixed order."""
-    _global_norm(norm, grads)
+    self.do(GLOBAL_NORM, 0, grads, norm, grads.size)
+
+
+def clip_scale(self: Instructions, scale: Array, norm: Array, max_norm: float) -> None:
+    """scale = min(1, max_norm / norm) (Pascanu et al. 2013)."""
+    self.do(CLIP_SCALE, 0, scale, norm, float(max_norm))
 
 
 def adamw(
-    self: Context, params: Array, m: Array, v: Array, copy: Array | None, grads: Array,
+    self: Instructions, params: Array, m: Array, v: Array, copy: Array | None, grads: Array,
     scalars: Array, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """One step of Adam, decoupled weight decay (Loshchilov & Hutter 2019) where it is not 0.
 
-    `scalars` (4,) holds rate, 1 - beta1^t, 1 - beta2^t and the clip scale. `copy`, if any, becomes
-    the new params in its own dtype: by NumPy, which knows all of them.
+    `scalars` (4,) holds rate, 1 - beta1^t, 1 - beta2^t and the clip scale. Raises ValueError for
+    a `copy`: products here take the weights themselves.
     """
-    _adamw(params, m, v, grads, scalars, beta1, beta2, eps, weight_decay)
     if copy is not None:
-        copy[...] = params
+        raise ValueError("adamw: got a copy of the weights, wanted None: the CPU has no use for it")
+    rates = (float(beta1), float(beta2), float(eps), float(weight_decay))
+    self.do(ADAMW, 0, params, m, v, grads, scalars, *rates, params.size)

@@ -24,9 +24,9 @@ from typing import Any
 from ...arena import Shape
 from ...data.batch import Layout
 from ...types import Array
-from ..reference.context import Context
 from .code import VECTOR_BYTES
 from .compile import compiled
+from .instructions import ATTENTION, ATTENTION_BACKWARD, Instructions
 from .tile import (
     ADD,
     STORE,
@@ -42,17 +42,21 @@ QUERIES = 48  # of a tile: whole vectors of any width, and whole tiles of regist
 LANES = VECTOR_BYTES // 4  # at most
 
 
-def attention(self: Context, y: Array, lse: Array, qkv: Array, layout: Layout, n_head: int) -> None:
+def attention(
+    self: Instructions, y: Array, lse: Array, qkv: Array, layout: Layout, n_head: int
+) -> None:
     """Per sequence and head, p = softmax(scale q k^T) over the keys not after the query; y = p v.
 
     lse_i = log(sum_j exp(scale q_i k_j)), so that p_ij = exp(scale q_i k_j - lse_i).
     """
-    (scratch,) = self.scratch(y.dtype, *_scratch(y.shape[1], n_head, layout.longest))
-    _forward(y, lse, qkv, layout.offsets, n_head, scratch)
+    channels, size = y.shape[1], len(layout.offsets) - 1
+    (scratch,) = self.scratch(y.dtype, *_scratch(channels, n_head, layout.longest))
+    sizes = (channels, n_head)
+    self.do(ATTENTION, len(y), y, lse, qkv, layout.offsets, *sizes, scratch, sequences=size)
 
 
 def attention_backward(
-    self: Context, dqkv: Array, dy: Array, y: Array, lse: Array, qkv: Array, layout: Layout,
+    self: Instructions, dqkv: Array, dy: Array, y: Array, lse: Array, qkv: Array, layout: Layout,
     n_head: int,
 ) -> None:  # fmt: skip
     """dv = p^T dy; dp = dy v^T; ds = p (dp - sum(p dp)); dq = scale ds k; dk = scale ds^T q.
@@ -60,8 +64,10 @@ def attention_backward(
     y_i = sum_j p_ij v_j gives dv and dp; ds is the softmax's own backward; s_ij = scale q_i k_j
     gives dq and dk. y itself is not read: its product with dy is that sum, got while p is here.
     """
-    (scratch,) = self.scratch(dy.dtype, *_scratch(dy.shape[1], n_head, layout.longest))
-    _backward(dqkv, dy, lse, qkv, layout.offsets, n_head, scratch)
+    channels, size = dy.shape[1], len(layout.offsets) - 1
+    (scratch,) = self.scratch(dy.dtype, *_scratch(channels, n_head, layout.longest))
+    arrays = (dqkv, dy, lse, qkv, layout.offsets)
+    self.do(ATTENTION_BACKWARD, len(dy), *arrays, channels, n_head, scratch, sequences=size)
 
 
 def attention_scratch(rows: int, channels: int, n_head: int, block_size: int) -> tuple[Shape, ...]:
@@ -76,17 +82,13 @@ def _scratch(channels: int, n_head: int, longest: int) -> tuple[Shape, ...]:
 
 
 @compiled
-def _forward(y: Any, lse: Any, qkv: Any, offsets: Any, n_head: Any, scratch: Any) -> None:
-    attend(at(y, 0), at(lse, 0), at(qkv, 0), offsets, y.shape[1], n_head, at(scratch, 0))
-
-
-@compiled
 def attend(
-    y: Any, lse: Any, qkv: Any, offsets: Any, channels: Any, n_head: Any, scratch: Any
-) -> None:
-    """Forward for all sequences: addresses, offsets (S + 1,), scratch as `attention_scratch`."""
-    end = int(offsets[-1])
-    for sequence in range(len(offsets) - 1):
+    y: Any, lse: Any, qkv: Any, offsets: Any, sequences: Any, channels: Any, n_head: Any,
+    scratch: Any,
+) -> None:  # fmt: skip
+    """Forward for all sequences: places, offsets (S + 1,), scratch as `attention_scratch`."""
+    end = int(offsets[sequences])
+    for sequence in range(sequences):
         row, after = int(offsets[sequence]), int(offsets[sequence + 1])
         for start in range(0, after - row, QUERIES):
             query = row + start
@@ -152,20 +154,13 @@ def _softmax(p: Any, w: Any, start: Any, keys: Any, scale: Any, largest: Any, to
 
 
 @compiled
-def _backward(
-    dqkv: Any, dy: Any, lse: Any, qkv: Any, offsets: Any, n_head: Any, scratch: Any
-) -> None:
-    attend_backward(at(dqkv, 0), at(dy, 0), at(lse, 0), at(qkv, 0), offsets, dy.shape[1], n_head,
-                    at(scratch, 0))  # fmt: skip
-
-
-@compiled
 def attend_backward(
-    dqkv: Any, dy: Any, lse: Any, qkv: Any, offsets: Any, channels: Any, n_head: Any, scratch: Any
-) -> None:
+    dqkv: Any, dy: Any, lse: Any, qkv: Any, offsets: Any, sequences: Any, channels: Any,
+    n_head: Any, scratch: Any,
+) -> None:  # fmt: skip
     """Backward for all sequences."""
-    end = int(offsets[-1])
-    for sequence in range(len(offsets) - 1):
+    end = int(offsets[sequences])
+    for sequence in range(sequences):
         row, after = int(offsets[sequence]), int(offsets[sequence + 1])
         to = row * 3 * channels
         for start in range(0, after - row, QUERIES):

@@ -14,9 +14,10 @@ import math
 from typing import Any
 
 from ...types import Array
-from ..reference.context import Context
 from .compile import compiled
 from .dots import product_of_few
+from .instructions import ATTENTION_DECODE, CACHE_KV, Instructions
+from .rows import copy_row
 from .tile import STORE
 from .vector import (
     at,
@@ -36,18 +37,19 @@ FOUR = 4  # rows of values a step
 
 
 def cache_kv(
-    self: Context, keys: Array, values: Array, qkv: Array, sequences: Array, positions: Array
+    self: Instructions, keys: Array, values: Array, qkv: Array, sequences: Array, positions: Array
 ) -> None:
     """keys[s, :, t] = k, values[s, :, t] = v for each row's sequence s and position t."""
-    keep_kv(keys, values, qkv, sequences, positions)
+    arrays = (keys, values, qkv, sequences, positions)
+    self.do(CACHE_KV, len(qkv), *arrays, *keys.shape[1:])
 
 
 def attention_decode(
-    self: Context, y: Array, qkv: Array, keys: Array, values: Array, lengths: Array
+    self: Instructions, y: Array, qkv: Array, keys: Array, values: Array, lengths: Array
 ) -> None:
     """y = softmax(q k^T / sqrt(D)) v over each sequence's positions 0..lengths."""
     (p,) = self.scratch(y.dtype, *decode_scratch(keys.shape[2]))
-    decode(y, qkv, keys, values, lengths, p)
+    self.do(ATTENTION_DECODE, len(y), y, qkv, keys, values, lengths, p, *keys.shape[1:])
 
 
 def decode_scratch(block_size: int) -> tuple[tuple[int, ...], ...]:
@@ -56,22 +58,27 @@ def decode_scratch(block_size: int) -> tuple[tuple[int, ...], ...]:
 
 
 @compiled
-def keep_kv(keys: Any, values: Any, qkv: Any, sequences: Any, positions: Any) -> None:
-    """All rows; arrays as above, sequences and positions (N,)."""
-    n_head, width = keys.shape[1], keys.shape[3]
-    for row in range(len(sequences)):
-        sequence, position = sequences[row], positions[row]
+def keep_kv(
+    keys: Any, values: Any, qkv: Any, sequences: Any, positions: Any, rows: Any, n_head: Any,
+    longest: Any, width: Any,
+) -> None:  # fmt: skip
+    """All rows; sequences and positions (N,) are ids, the others places."""
+    channels = n_head * width
+    for row in range(rows):
+        sequence, position = int(sequences[row]), int(positions[row])
         for head in range(n_head):
-            for i in range(width):
-                column = head * width + i
-                keys[sequence, head, position, i] = qkv[row, n_head * width + column]
-                values[sequence, head, position, i] = qkv[row, 2 * n_head * width + column]
+            to = ((sequence * n_head + head) * longest + position) * width
+            k = at(qkv, row * 3 * channels + channels + head * width)
+            copy_row(at(keys, to), k, width)
+            copy_row(at(values, to), at(k, channels), width)
 
 
 @compiled
-def decode(y: Any, qkv: Any, keys: Any, values: Any, lengths: Any, p: Any) -> None:
-    """All sequences; arrays as above, p (T,)."""
-    size, n_head, longest, width = keys.shape
+def decode(
+    y: Any, qkv: Any, keys: Any, values: Any, lengths: Any, p: Any, size: Any, n_head: Any,
+    longest: Any, width: Any,
+) -> None:  # fmt: skip
+    """All sequences; lengths (S,) are ids, the others places, p (T,)."""
     channels = n_head * width
     for sequence in range(size):
         count = int(lengths[sequence]) + 1
@@ -79,9 +86,9 @@ def decode(y: Any, qkv: Any, keys: Any, values: Any, lengths: Any, p: Any) -> No
             cache = (sequence * n_head + head) * longest * width
             out = sequence * channels + head * width
             q = at(qkv, sequence * 3 * channels + head * width)
-            product_of_few(STORE, 1, count, width, q, at(keys, cache), at(p, 0), at(p, 0))
-            total = _softmax(at(p, 0), count, 1 / math.sqrt(width))
-            _weighted(at(p, 0), at(values, cache), count, width, 1 / total, at(y, out))
+            product_of_few(STORE, 1, count, width, q, at(keys, cache), p, p)
+            total = _softmax(p, count, 1 / math.sqrt(width))
+            _weighted(p, at(values, cache), count, width, 1 / total, at(y, out))
 
 
 @compiled

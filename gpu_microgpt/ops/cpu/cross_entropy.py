@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from ...types import Array
-from ..reference.context import Context
 from .compile import compiled
-from .rows import exp_row, fill_row, scale_row, sum_of
+from .instructions import ADD_LOSSES, CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD, Instructions
+from .rows import exp_row, fill_row, scale_row
 from .vector import at
 
 
@@ -48,40 +50,24 @@ def cross_entropy_backward_rows(
         out[targets[n]] -= scale
 
 
-@compiled
-def _cross_entropy(losses: Any, logits: Any, targets: Any) -> None:
-    cross_entropy_rows(at(losses, 0), at(logits, 0), targets, *logits.shape)
-
-
-@compiled
-def _cross_entropy_backward(
-    dlogits: Any, losses: Any, logits: Any, targets: Any, scale: Any
-) -> None:
-    cross_entropy_backward_rows(
-        at(dlogits, 0), at(losses, 0), at(logits, 0), targets, scale, *logits.shape
-    )
-
-
-@compiled
-def _add_losses(total: Any, losses: Any) -> None:
-    total[0] += sum_of(at(losses, 0), losses.size)
-
-
-def cross_entropy(self: Context, losses: Array, logits: Array, targets: Array) -> None:
+def cross_entropy(self: Instructions, losses: Array, logits: Array, targets: Array) -> None:
     """Each row's loss in nats; zero where the target is -1 (ignored)."""
-    _cross_entropy(losses, logits, targets)
+    self.do(CROSS_ENTROPY, len(logits), losses, logits, targets, logits.shape[1])
 
 
 def cross_entropy_backward(
-    self: Context, dlogits: Array, losses: Array, logits: Array, targets: Array, scale: Any
+    self: Instructions, dlogits: Array, losses: Array, logits: Array, targets: Array, scale: Any
 ) -> None:
     """dlogits = scale (softmax(logits) - onehot(target)); the losses come with it.
 
-    The gradient is derived in reference/cross_entropy.py.
+    scale: a number, or (1,) float64, read when it is played. The gradient is derived in
+    reference/cross_entropy.py.
     """
-    _cross_entropy_backward(dlogits, losses, logits, targets, scale)
+    factor = np.atleast_1d(np.asarray(scale, np.float64))
+    arrays = (dlogits, losses, logits, targets, factor)
+    self.do(CROSS_ENTROPY_BACKWARD, len(logits), *arrays, logits.shape[1])
 
 
-def add_losses(self: Context, total: Array, losses: Array) -> None:
+def add_losses(self: Instructions, total: Array, losses: Array) -> None:
     """total += sum(losses), in float64."""
-    _add_losses(total, losses)
+    self.do(ADD_LOSSES, len(losses), losses, total)

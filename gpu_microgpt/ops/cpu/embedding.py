@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...types import Array
-from ..reference.context import Context
 from .compile import compiled
+from .instructions import EMBEDDING, EMBEDDING_BACKWARD, Instructions
 from .rows import add_row, fill_row
 from .vector import at
 
@@ -42,30 +42,33 @@ def embedding_backward_rows(
 
 
 @compiled
-def _embedding(x: Any, tokens: Any, positions: Any, wte: Any, wpe: Any) -> None:
-    embedding_rows(at(x, 0), tokens, positions, at(wte, 0), at(wpe, 0), *x.shape)
-
-
-@compiled
-def _embedding_backward(
-    dwte: Any, dwpe: Any, dy: Any, tokens: Any, positions: Any, add: Any
-) -> None:
-    to, by = at(dwte, 0), at(dwpe, 0)
+def embedding_backward_tables(
+    dwte: Any, dwpe: Any, dy: Any, tokens: Any, positions: Any, rows: Any, channels: Any,
+    vocab: Any, longest: Any, add: Any,
+) -> None:  # fmt: skip
+    """The whole of `embedding_backward`."""
     if not add:
-        fill_row(to, 0, dwte.size)
-        fill_row(by, 0, dwpe.size)
-    embedding_backward_rows(to, by, at(dy, 0), tokens, positions, *dy.shape)
+        fill_row(dwte, 0, vocab * channels)
+        fill_row(dwpe, 0, longest * channels)
+    embedding_backward_rows(dwte, dwpe, dy, tokens, positions, rows, channels)
 
 
 def embedding(
-    self: Context, x: Array, tokens: Array, positions: Array, wte: Array, wpe: Array
+    self: Instructions, x: Array, tokens: Array, positions: Array, wte: Array, wpe: Array
 ) -> None:
     """Look up both tables and add. Ids are in range by construction."""
-    _embedding(x, tokens, positions, wte, wpe)
+    self.do(EMBEDDING, len(x), x, wte, wpe, tokens, positions, x.shape[1])
 
 
 def embedding_backward(
-    self: Context, dwte: Array, dwpe: Array, dy: Array, tokens: Array, positions: Array, add: bool
+    self: Instructions,
+    dwte: Array,
+    dwpe: Array,
+    dy: Array,
+    tokens: Array,
+    positions: Array,
+    add: bool,
 ) -> None:
     """Sum the rows of dy that each table row went to."""
-    _embedding_backward(dwte, dwpe, dy, tokens, positions, add)
+    sizes = (dy.shape[1], len(dwte), len(dwpe))
+    self.do(EMBEDDING_BACKWARD, len(dy), dwte, dwpe, dy, tokens, positions, *sizes, add)

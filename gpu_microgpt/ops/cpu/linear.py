@@ -24,10 +24,10 @@ from functools import cache
 
 from ...arena import Shape
 from ...types import Array
-from ..reference.context import Context
 from .code import VECTOR_BYTES
 from .compile import compiled
 from .dots import product_of_few
+from .instructions import GRADIENTS, MULTIPLY, Instructions
 from .tile import ADD, KEEP, RELU, STORE, STRIP, pack, pack_strip, product, product_packing
 from .vector import at, lanes
 
@@ -85,18 +85,18 @@ def gradients(mode, N, F, C, dx, dw, dy, x, w, add, panel, block):
     weight_gradient(N, F, C, dw, dy, x, add, panel, block)
 
 
-def linear(self: Context, y: Array, x: Array, w: Array) -> None:
+def linear(self: Instructions, y: Array, x: Array, w: Array) -> None:
     """y = x w^T."""
     _multiply(self, STORE, y, x, w, y)
 
 
-def linear_add(self: Context, y: Array, x: Array, w: Array, residual: Array) -> None:
+def linear_add(self: Instructions, y: Array, x: Array, w: Array, residual: Array) -> None:
     """y = residual + x w^T."""
     _multiply(self, ADD, y, x, w, residual)
 
 
 def linear_backward(
-    self: Context, dx: Array, dw: Array, dy: Array, x: Array, w: Array, add: bool
+    self: Instructions, dx: Array, dw: Array, dy: Array, x: Array, w: Array, add: bool
 ) -> None:
     """dx = dy w; dw = dy^T x, or dw += dy^T x.
 
@@ -105,13 +105,13 @@ def linear_backward(
     _gradients(self, STORE, dx, dw, dy, x, w, add)
 
 
-def linear_relu(self: Context, y: Array, mask: Array, x: Array, w: Array) -> None:
+def linear_relu(self: Instructions, y: Array, mask: Array, x: Array, w: Array) -> None:
     """y = max(x w^T, 0). The mask is for backends that read it: here the output itself says it."""
     _multiply(self, RELU, y, x, w, y)
 
 
 def relu_linear_backward(
-    self: Context, dx: Array, dw: Array, dy: Array, x: Array, mask: Array, w: Array, add: bool
+    self: Instructions, dx: Array, dw: Array, dy: Array, x: Array, mask: Array, w: Array, add: bool
 ) -> None:
     """dx = (dy w) [x > 0]; dw as linear_backward.
 
@@ -120,18 +120,18 @@ def relu_linear_backward(
     _gradients(self, KEEP, dx, dw, dy, x, w, add)
 
 
-def _multiply(self: Context, mode: int, y: Array, x: Array, w: Array, r: Array) -> None:
+def _multiply(self: Instructions, mode: int, y: Array, x: Array, w: Array, r: Array) -> None:
     outputs, inputs = w.shape
     panel, _ = self.scratch(w.dtype, *linear_scratch(outputs, inputs, w.itemsize))
-    multiply(mode, len(x), outputs, inputs, y, x, w, r, panel)
+    self.do(MULTIPLY, len(x), y, x, w, r, panel, mode, outputs, inputs)
 
 
 def _gradients(
-    self: Context, mode: int, dx: Array, dw: Array, dy: Array, x: Array, w: Array, add: bool
+    self: Instructions, mode: int, dx: Array, dw: Array, dy: Array, x: Array, w: Array, add: bool
 ) -> None:
     outputs, inputs = w.shape
-    panel, block = self.scratch(w.dtype, *linear_scratch(outputs, inputs, w.itemsize))
-    gradients(mode, len(x), outputs, inputs, dx, dw, dy, x, w, add, panel, block)
+    scratch = self.scratch(w.dtype, *linear_scratch(outputs, inputs, w.itemsize))
+    self.do(GRADIENTS, len(x), dx, dw, dy, x, w, *scratch, mode, outputs, inputs, add)
 
 
 @cache

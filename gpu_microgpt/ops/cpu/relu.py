@@ -7,8 +7,8 @@ products do it on their way (linear.py), so that it costs no pass at all.
 from __future__ import annotations
 
 from ...types import Array
-from ..reference.context import Context
 from .compile import compiled
+from .instructions import RELU, RELU_BACKWARD, Instructions
 from .vector import keep, lanes, load, load_some, store, store_some, vmax
 
 
@@ -33,11 +33,11 @@ def pass_positive(count, dx, dy, y):
     store_some(dx, whole, kept, rest)
 
 
-def relu(self: Context, y: Array, x: Array) -> None:
+def relu(self: Instructions, y: Array, x: Array) -> None:
     """y = max(x, 0)."""
-    rectify(x.size, y, x)
+    self.do(RELU, len(x), y, x, x[0].size)
 
 
-def relu_backward(self: Context, dx: Array, dy: Array, y: Array) -> None:
+def relu_backward(self: Instructions, dx: Array, dy: Array, y: Array) -> None:
     """dx = dy where y > 0, else 0: the slope is 1 where x > 0, which is where y > 0."""
-    pass_positive(y.size, dx, dy, y)
+    self.do(RELU_BACKWARD, len(y), dx, dy, y, y[0].size)

@@ -14,9 +14,9 @@ import math
 from typing import Any
 
 from ...types import Array
-from ..reference.context import Context
 from ..reference.rmsnorm import EPS
 from .compile import compiled
+from .instructions import ADD_RMSNORM, EMBEDDING_RMSNORM, RMSNORM, RMSNORM_BACKWARD, Instructions
 from .rows import add_row, dot, scale_row
 from .vector import at, fma, lanes, load, load_some, store, store_some
 
@@ -87,52 +87,36 @@ def rmsnorm_backward_rows(
         rmsnorm_backward_row(at(dx, i), at(dy, i), at(y, i), rstd[n], channels, add)
 
 
-@compiled
-def _rmsnorm(y: Any, rstd: Any, x: Any) -> None:
-    rmsnorm_rows(at(y, 0), at(rstd, 0), at(x, 0), *x.shape)
-
-
-@compiled
-def _embedding_rmsnorm(y: Any, rstd: Any, tokens: Any, positions: Any, wte: Any, wpe: Any) -> None:
-    embedding_rmsnorm_rows(
-        at(y, 0), at(rstd, 0), tokens, positions, at(wte, 0), at(wpe, 0), *y.shape
-    )
-
-
-@compiled
-def _add_rmsnorm(x: Any, y: Any, rstd: Any, branch: Any, residual: Any) -> None:
-    add_rmsnorm_rows(at(x, 0), at(y, 0), at(rstd, 0), at(branch, 0), at(residual, 0), *x.shape)
-
-
-@compiled
-def _rmsnorm_backward(dx: Any, dy: Any, y: Any, rstd: Any, add: Any) -> None:
-    rmsnorm_backward_rows(at(dx, 0), at(dy, 0), at(y, 0), at(rstd, 0), *y.shape, add)
-
-
-def rmsnorm(self: Context, y: Array, rstd: Array, x: Array) -> None:
+def rmsnorm(self: Instructions, y: Array, rstd: Array, x: Array) -> None:
     """rstd = (mean(x^2) + eps)^(-1/2) a row; y = x rstd."""
-    _rmsnorm(y, rstd, x)
+    self.do(RMSNORM, len(x), y, rstd, x, x.shape[1])
 
 
 def embedding_rmsnorm(
-    self: Context, y: Array, rstd: Array, tokens: Array, positions: Array, wte: Array, wpe: Array
+    self: Instructions,
+    y: Array,
+    rstd: Array,
+    tokens: Array,
+    positions: Array,
+    wte: Array,
+    wpe: Array,
 ) -> None:
     """rmsnorm(wte[tokens] + wpe[positions]); the sum is not kept."""
-    _embedding_rmsnorm(y, rstd, tokens, positions, wte, wpe)
+    self.do(EMBEDDING_RMSNORM, len(y), y, rstd, wte, wpe, tokens, positions, y.shape[1])
 
 
 def add_rmsnorm(
-    self: Context, x: Array, y: Array, rstd: Array, branch: Array, residual: Array
+    self: Instructions, x: Array, y: Array, rstd: Array, branch: Array, residual: Array
 ) -> None:
     """x = residual + branch; y, rstd = rmsnorm(x)."""
-    _add_rmsnorm(x, y, rstd, branch, residual)
+    self.do(ADD_RMSNORM, len(x), x, y, rstd, branch, residual, x.shape[1])
 
 
-def rmsnorm_backward(self: Context, dx: Array, dy: Array, y: Array, rstd: Array) -> None:
+def rmsnorm_backward(self: Instructions, dx: Array, dy: Array, y: Array, rstd: Array) -> None:
     """dx = rstd (dy - y mean(dy y)); derived in reference/rmsnorm.py."""
-    _rmsnorm_backward(dx, dy, y, rstd, False)
+    self.do(RMSNORM_BACKWARD, len(y), dx, dy, y, rstd, y.shape[1], False)
 
 
-def rmsnorm_backward_add(self: Context, dx: Array, dy: Array, y: Array, rstd: Array) -> None:
+def rmsnorm_backward_add(self: Instructions, dx: Array, dy: Array, y: Array, rstd: Array) -> None:
     """dx += rstd (dy - y mean(dy y))."""
-    _rmsnorm_backward(dx, dy, y, rstd, True)
+    self.do(RMSNORM_BACKWARD, len(y), dx, dy, y, rstd, y.shape[1], True)

@@ -55,6 +55,17 @@ def scale_row(y: Any, x: Any, factor: Any, n: Any) -> None:
 
 
 @compiled
+def copy_row(y: Any, x: Any, n: Any) -> None:
+    """y = x."""
+    width = lanes(y)
+    whole = n // width * width
+    for j in range(0, whole, width):
+        store(y, j, load(x, j))
+    if whole < n:
+        store_some(y, whole, load_some(x, whole, n - whole, 0), n - whole)
+
+
+@compiled
 def fill_row(y: Any, value: Any, n: Any) -> None:
     """y = value."""
     width = lanes(y)

@@ -21,24 +21,36 @@ import numpy as np
 
 from ...rng import Stream, uniform
 from ...types import Array
-from ..reference.context import Context
 from ..reference.sample import GREEDY
 from .compile import compiled
+from .instructions import SAMPLE, Instructions
 from .rows import largest_of, sum_of
-from .vector import at, lanes, load, load_some, store, store_some
+from .vector import at, lanes, load, load_some, store, store_some, vexp
 
 
 @compiled
-def shift_row(x: Any, temperature: Any, vocab: Any) -> None:
-    """x = (x - largest) / temperature."""
+def weigh_row(x: Any, temperature: Any, vocab: Any) -> None:
+    """x = exp((x - largest) / temperature)."""
     largest = largest_of(x, vocab)
     width = lanes(x)
     whole = vocab // width * width
     for j in range(0, whole, width):
-        store(x, j, (load(x, j) - largest) / temperature)
+        store(x, j, vexp((load(x, j) - largest) / temperature))
     if whole < vocab:
         rest = vocab - whole
-        store_some(x, whole, (load_some(x, whole, rest, 0) - largest) / temperature, rest)
+        store_some(x, whole, vexp((load_some(x, whole, rest, 0) - largest) / temperature), rest)
+
+
+@compiled
+def first_largest(x: Any, vocab: Any) -> Any:
+    """The first of the largest; of NaN the first, as NumPy's argmax."""
+    best = 0
+    for i in range(vocab):
+        if not x[i] <= x[best]:
+            best = i
+            if x[i] != x[i]:
+                return i
+    return best
 
 
 @compiled
@@ -114,45 +126,42 @@ def keep_likely_row(weights: Any, heap: Any, top_k: Any, top_p: Any, vocab: Any)
 
 
 @compiled
-def _shift(logits: Any, temperature: Any) -> None:
-    rows, vocab = logits.shape
-    for s in range(rows):
-        shift_row(at(logits, s * vocab), temperature, vocab)
+def sample_row(
+    x: Any, heap: Any, draw: Any, temperature: Any, top_k: Any, top_p: Any, vocab: Any
+) -> Any:
+    """The token drawn from one row of logits, which are overwritten."""
+    if temperature < GREEDY:
+        return first_largest(x, vocab)
+    weigh_row(x, temperature, vocab)
+    if 0 < top_k < vocab or top_p < 1:
+        keep_likely_row(x, heap, top_k, top_p, vocab)
+    return draw_row(x, draw, vocab)
 
 
 @compiled
-def _keep_likely(weights: Any, heap: Any, top_k: Any, top_p: Any) -> None:
-    rows, vocab = weights.shape
+def sample_rows(
+    tokens: Any, logits: Any, uniforms: Any, heap: Any, temperature: Any, top_k: Any, top_p: Any,
+    rows: Any, vocab: Any,
+) -> None:  # fmt: skip
+    """The rows of `sample`; logits are a place, tokens, uniforms and heap (V,) int32 numbers."""
     for s in range(rows):
-        keep_likely_row(at(weights, s * vocab), heap, top_k, top_p, vocab)
-
-
-@compiled
-def _draw(tokens: Any, weights: Any, uniforms: Any) -> None:
-    vocab = weights.shape[1]
-    for s in range(len(tokens)):
-        tokens[s] = draw_row(at(weights, s * vocab), uniforms[s], vocab)
+        row = at(logits, s * vocab)
+        tokens[s] = sample_row(row, heap, uniforms[s], temperature, top_k, top_p, vocab)
 
 
 def sample(
-    self: Context, tokens: Array, logits: Array, uniforms: Array, temperature: float, top_k: int,
-    top_p: float,
+    self: Instructions, tokens: Array, logits: Array, uniforms: Array, temperature: float,
+    top_k: int, top_p: float,
 ) -> None:  # fmt: skip
     """Invert the cumulative distribution at `uniforms`; temperature ~0 takes the largest logit."""
-    if temperature < GREEDY:
-        tokens[...] = logits.argmax(-1)
-        return
-    _shift(logits, float(temperature))
-    np.exp(logits, logits)
     vocab = logits.shape[1]
-    if 0 < top_k < vocab or top_p < 1:
-        (heap,) = self.scratch(np.int32, (vocab,))
-        _keep_likely(logits, heap, top_k, float(top_p))
-    _draw(tokens, logits, uniforms)
+    (heap,) = self.scratch(np.int32, (vocab,))
+    arrays = (logits, tokens, uniforms, heap)
+    self.do(SAMPLE, len(logits), *arrays, float(temperature), top_k, float(top_p), vocab)
 
 
 def sample_philox(
-    self: Context, tokens: Array, logits: Array, seed: int, numbers: Array, positions: Array,
+    self: Instructions, tokens: Array, logits: Array, seed: int, numbers: Array, positions: Array,
     temperature: float, top_k: int, top_p: float,
 ) -> None:  # fmt: skip
     """The same at the draws of the texts with these numbers, for these positions in them."""

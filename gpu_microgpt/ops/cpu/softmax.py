@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...types import Array
-from ..reference.context import Context
 from .compile import compiled
+from .instructions import SOFTMAX, SOFTMAX_BACKWARD, Instructions
 from .rows import dot, exp_row, scale_row
 from .vector import at, lanes, load, load_some, store, store_some
 
@@ -48,21 +48,11 @@ def softmax_backward_rows(dx: Any, dy: Any, y: Any, rows: Any, vocab: Any) -> No
         softmax_backward_row(at(dx, i), at(dy, i), at(y, i), vocab)
 
 
-@compiled
-def _softmax(y: Any, x: Any) -> None:
-    softmax_rows(at(y, 0), at(x, 0), *x.shape)
-
-
-@compiled
-def _softmax_backward(dx: Any, dy: Any, y: Any) -> None:
-    softmax_backward_rows(at(dx, 0), at(dy, 0), at(y, 0), *y.shape)
-
-
-def softmax(self: Context, y: Array, x: Array) -> None:
+def softmax(self: Instructions, y: Array, x: Array) -> None:
     """The row's largest x is subtracted first, so that exp cannot overflow."""
-    _softmax(y, x)
+    self.do(SOFTMAX, len(x), y, x, x.shape[1])
 
 
-def softmax_backward(self: Context, dx: Array, dy: Array, y: Array) -> None:
+def softmax_backward(self: Instructions, dx: Array, dy: Array, y: Array) -> None:
     """dx = y (dy - sum(dy y)); derived in reference/softmax.py."""
-    _softmax_backward(dx, dy, y)
+    self.do(SOFTMAX_BACKWARD, len(y), dx, dy, y, y.shape[1])

@@ -9,6 +9,9 @@ becomes one of the vector's. All is generic over the dtype: it comes from the pl
 |---|---|
 | `lanes(a)` | how many elements of a make a vector (a constant once compiled) |
 | `at(a, i)` | the address of a[i], itself a place; the array must outlive it |
+| `place(a, i)` | the place at address i, a number, of elements like a's |
+| `ints(i)`, `doubles(i)` | the int32, the float64 at address i, to be indexed |
+| `double(i)` | the float64 with these bits |
 | `load(a, i)`, `store(c, i, v)` | a[i:i + lanes], no alignment wanted, no bounds checked |
 | `load_some(a, i, n, x)` | the same for the first n lanes (n <= 0: none), x in the rest |
 | `store_some(c, i, v, n)` | store the first n lanes; what lies behind them is not touched |
@@ -42,7 +45,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import lower_builtin
+from numba.extending import intrinsic, lower_builtin
 
 from .code import HAS_FMA, I64, Code, Vec, places, word
 
@@ -70,6 +73,37 @@ def lanes(code: Code, a: ir.Value) -> ir.Value:
 def at(code: Code, a: ir.Value, i: ir.Value) -> ir.Value:
     """The address of a[i]."""
     return code.at(a, i)
+
+
+@word(places("a", "ai"))
+def place(code: Code, a: ir.Value, i: ir.Value) -> ir.Value:
+    """The place at address i."""
+    return code.builder.inttoptr(i, code.scalar.as_pointer())
+
+
+def _numbers_at(kind: types.Type) -> Any:
+    """A word: the numbers of this type at an address."""
+
+    def numbers(context: Any, address: Any) -> Any:
+        def generate(target: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return builder.inttoptr(values[0], target.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.intp), generate
+
+    return intrinsic(numbers)
+
+
+ints, doubles = _numbers_at(types.int32), _numbers_at(types.float64)
+
+
+@intrinsic
+def double(context: Any, bits: Any) -> Any:
+    """The float64 with these bits."""
+
+    def generate(target: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.bitcast(values[0], ir.DoubleType())
+
+    return types.float64(types.int64), generate
 
 
 @word(places("v", "ai"))

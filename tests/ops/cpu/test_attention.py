@@ -28,7 +28,7 @@ cases = pytest.mark.parametrize(("lengths", "heads", "width"), CASES)
 def at_the_edge(dtype, shapes):
     """Operations whose workspace ends with the scratch these shapes want, and memory with it."""
     size = sum(array_bytes(shape, np.dtype(dtype).itemsize) for shape in shapes)
-    return CompiledOps(np, up_to_the_edge(np.full(size, 0xFF, np.uint8)))
+    return CompiledOps(np, up_to_the_edge(np.full(size, 0xFF, np.uint8)), dtype)
 
 
 def blank(dtype, *shape):

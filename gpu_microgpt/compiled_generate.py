@@ -1,0 +1,77 @@
+"""Writing text with compiled kernels: the decode step recorded once, many tokens in one call.
+
+What graph_generate.py is for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from .backend import Backend
+from .compiled_step import compiled_ops
+from .generate import Generator, PhiloxUniforms, Sampling, Uniforms, check_contexts
+from .model import GPT
+from .ops.cpu.decode import write_tokens
+
+AHEAD = 32  # tokens of a text in one call: enough to hide what a call costs ...
+FIRST = 4  # ... and few at the beginning, so that reading can begin soon
+
+
+class CompiledGenerator(Generator):
+    """`generate.Generator`, and the same texts: only its loop is compiled."""
+
+    def __init__(self, model: GPT, backend: Backend, sequences: int) -> None:
+        """Take memory for `sequences` texts, and record."""
+        super().__init__(model, backend, sequences)
+        ops = compiled_ops(self.memory)
+        self._tokens = backend.zeros((sequences,), "i4")
+        with ops.recording() as self._program:
+            self._logits = model.decode(self.memory, self._tokens, self.cache)
+        self._code = self._program.code
+        self._heap = np.zeros(model.dims.vocab_size, np.int32)
+
+    def run(
+        self, contexts: Sequence[np.ndarray[Any, Any]], sampling: Sampling, uniforms: Uniforms
+    ) -> Iterator[np.ndarray[Any, Any]]:
+        """As Generator.run."""
+        check_contexts(contexts, self.sequences)
+        texts = [list(context) for context in contexts]
+        ended = np.zeros(len(texts), bool)
+        self._logits[...] = self._read(
+            [text[-self.block_size :] for text in texts], range(len(texts))
+        )
+        position, ahead = 0, FIRST if isinstance(uniforms, PhiloxUniforms) else 1
+        while True:
+            count = min(ahead, sampling.max_tokens - position)
+            draws = np.stack([uniforms(position + i) for i in range(count)])
+            written = self._write(sampling, draws, ended.copy())
+            for tokens in written:
+                yield np.where(ended, -1, tokens)
+                if sampling.stop is not None:
+                    ended |= tokens == sampling.stop
+            position += len(written)
+            if ended.all() or position == sampling.max_tokens:
+                return
+            for text, tokens in zip(texts, written.T, strict=True):
+                text += tokens.tolist()
+            self._slide(texts)
+            self.model.decode(self.memory, self._tokens, self.cache)
+            self.cache.lengths += 1
+            ahead = min(2 * ahead, AHEAD) if ahead > 1 else 1
+
+    def _write(
+        self, sampling: Sampling, draws: np.ndarray[Any, Any], ended: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any]:
+        """Tokens (count, S) int32 for draws (count, S), or fewer: until all texts have ended, or
+        one is full. `ended` (S,) is overwritten."""
+        never, stop = (-1 if token is None else token for token in (sampling.never, sampling.stop))
+        written = np.empty(draws.shape, np.int32)
+        count = write_tokens(
+            self._program.like, self._code, self._logits, self._tokens, self.cache.lengths, written,
+            ended, draws, self._heap, float(sampling.temperature), sampling.top_k,
+            float(sampling.top_p), never, stop, self.block_size,
+        )  # fmt: skip
+        return written[:count]

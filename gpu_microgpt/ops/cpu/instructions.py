@@ -1,0 +1,100 @@
+"""Operations as instructions: done at once, or recorded to be played later in one call.
+
+A step of a small model is a hundred calls of a microsecond each, and Python's share of a call would
+be most of it. So an operation becomes an instruction, a row of numbers: which operation, where its
+arrays lie, sizes and factors. `Instructions.do` plays it at once or, while a `Program` is recorded,
+adds it to that, and `play.py` runs a whole program in one compiled call. So model.py is written
+once and recorded once, like a graph on a GPU.
+
+What changes from batch to batch, the numbers of rows and of sequences, does not stand in
+instructions but is given to `play`. Arrays must stay where they are; a program keeps them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ...types import Array
+from ..reference.context import Context
+
+WIDTH = 16  # numbers of an instruction: which operation, and up to 15 of its own
+
+(
+    EMBEDDING, EMBEDDING_BACKWARD, RMSNORM, EMBEDDING_RMSNORM, ADD_RMSNORM, RMSNORM_BACKWARD,
+    MULTIPLY, GRADIENTS, RELU, RELU_BACKWARD, ATTENTION, ATTENTION_BACKWARD, CACHE_KV,
+    ATTENTION_DECODE, SOFTMAX, SOFTMAX_BACKWARD, CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD, ADD_LOSSES,
+    GLOBAL_NORM, CLIP_SCALE, ADAMW, SAMPLE,
+) = range(23)  # fmt: skip
+
+
+class Program:
+    """Instructions in order, (count, WIDTH) int64, and what they are about."""
+
+    def __init__(self, like: Array) -> None:
+        """Nothing is recorded yet; like: any array of the floats' dtype."""
+        self.like = like
+        self.rows: list[list[int]] = []
+        self.arrays: list[Any] = []  # kept, so that their memory is
+
+    @property
+    def code(self) -> np.ndarray[Any, Any]:
+        """The instructions as compiled functions take them."""
+        code = np.zeros((len(self.rows), WIDTH), np.int64)
+        for row, numbers in zip(code, self.rows, strict=True):
+            row[: len(numbers)] = numbers
+        return code
+
+
+class Instructions(Context):
+    """What the compiled operations are methods of."""
+
+    _play: Callable[..., None]  # play.play, which knows what every instruction does
+
+    def __init__(self, xp: Any, workspace: Array, dtype: Any) -> None:
+        """As a Context, for floats of this dtype."""
+        super().__init__(xp, workspace)
+        self._like = np.empty(0, dtype)
+        self._known = {self._like.dtype, np.dtype("f8"), np.dtype("i4")}
+        self._program: Program | None = None
+        self._row = np.zeros((1, WIDTH), np.int64)
+
+    @contextmanager
+    def recording(self) -> Iterator[Program]:
+        """Operations inside are added to the program and not done."""
+        self._program = program = Program(self._like)
+        try:
+            yield program
+        finally:
+            self._program = None
+
+    def do(self, operation: int, rows: int, *numbers: Array | float, sequences: int = 0) -> None:
+        """Do an operation over so many rows and sequences, or record it for any number of them.
+
+        numbers: what the operation takes, in the order `play` has them. Raises ValueError for an
+        array that is none of this dtype, float64 or int32, or has gaps.
+        """
+        row = [operation, *map(self._number, numbers)]
+        if self._program is not None:
+            self._program.rows.append(row)
+            self._program.arrays += numbers
+            return
+        self._row[0, : len(row)] = row
+        self._play(self._like, self._row, rows, sequences)
+
+    def _number(self, x: Array | float) -> int:
+        """An address, an integer, or the bits of a float64."""
+        if isinstance(x, np.ndarray):
+            if not x.flags.c_contiguous or x.dtype not in self._known:
+                raise ValueError(
+                    f"compiled operations: got {x.dtype} {x.shape}, strides {x.strides}; wanted "
+                    f"{self._like.dtype} (ids int32), contiguous"
+                )
+            return int(x.__array_interface__["data"][0])
+        if isinstance(x, float):
+            return int(struct.unpack("q", struct.pack("d", x))[0])
+        return int(x)

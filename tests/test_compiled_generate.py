@@ -1,0 +1,105 @@
+"""Text written by compiled calls is the text written token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="the compiled operations need Numba")
+
+from gpu_microgpt.backend.numpy import NumpyBackend
+from gpu_microgpt.compiled_generate import CompiledGenerator
+from gpu_microgpt.dims import Dims
+from gpu_microgpt.generate import Generator, PhiloxUniforms, Sampling
+from gpu_microgpt.model import GPT
+from gpu_microgpt.params import Weights, table
+
+VOCAB = 7
+dtypes = pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+
+
+def make_model(block_size: int, dtype: str = "fp32") -> tuple[NumpyBackend, GPT]:
+    """On the compiled operations."""
+    dims = Dims(2, 3, 12, block_size, VOCAB)
+    backend = NumpyBackend(dtype, 1, "", "compiled")
+    params = Weights(dims, backend)
+    draw = np.random.default_rng(5)
+    weights = {name: draw.normal(0, 0.1, shape) for name, shape in table(dims)}
+    params.load({name: w.astype(backend.dtype) for name, w in weights.items()}, backend)
+    return backend, GPT(params)
+
+
+def contexts_of(lengths: list[int]) -> list[np.ndarray]:
+    draw = np.random.default_rng(1)
+    return [draw.integers(0, VOCAB, length).astype(np.int32) for length in lengths]
+
+
+def both(block_size, lengths, sampling, uniforms, dtype="fp32") -> list[list[list[int]]]:
+    """Tokens by either generator, each run twice."""
+    backend, model = make_model(block_size, dtype)
+    runs = []
+    for kind in (Generator, CompiledGenerator):
+        generator = kind(model, backend, len(lengths))
+        for _ in range(2):
+            drawn = generator.run(contexts_of(lengths), sampling, uniforms())
+            runs.append([tokens.tolist() for tokens in drawn])
+    return runs
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("block_size", "lengths", "count"),
+    [(8, [1, 8, 3, 30], 50), (16, [5], 100), (1, [1, 4], 5), (2, [1, 2, 3], 7), (64, [2, 9], 1)],
+)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_k": 3, "top_p": 0.9}, {"never": 2},
+     {"stop": 4}],
+    ids=str,
+)  # fmt: skip
+def test_the_same_tokens(block_size, lengths, count, settings, dtype):
+    """Past full contexts, of several texts, until all have ended."""
+    runs = both(
+        block_size, lengths, Sampling(count, **settings),
+        lambda: PhiloxUniforms(3, range(len(lengths))), dtype,
+    )  # fmt: skip
+    assert runs[0] == runs[1] == runs[2] == runs[3]
+    tokens = np.array(runs[0])
+    assert len(tokens) == count or "stop" in settings
+    assert settings.get("never") not in tokens
+    if "stop" in settings and count > 20:
+        assert -1 in tokens or len(lengths) == 1
+        assert len(tokens) < count  # all ended, and then it stopped
+
+
+def test_draws_are_taken_one_by_one_from_a_generator_of_numbers():
+    """Python's own random numbers: none is taken for a token that is not written."""
+    sampling, taken = Sampling(40, stop=4), []
+
+    def counting(position: int) -> np.ndarray:
+        taken.append(position)
+        return np.random.default_rng(position).random(2)
+
+    runs = both(8, [3, 1], sampling, lambda: counting)
+    assert runs[0] == runs[1] == runs[2] == runs[3]
+    assert len(runs[0]) < 40
+    assert taken == [*range(len(runs[0]))] * 4
+
+
+def test_reading_can_begin_before_the_end():
+    """The first tokens come after a few are drawn, not after all."""
+    backend, model = make_model(8)
+    asked = []
+
+    class Watched(PhiloxUniforms):
+        def __call__(self, position: int) -> np.ndarray:
+            asked.append(position)
+            return super().__call__(position)
+
+    tokens = CompiledGenerator(model, backend, 1).run(
+        contexts_of([2]), Sampling(500), Watched(0, [0])
+    )
+    next(tokens)
+    assert len(asked) == 4
+    assert len(list(tokens)) == 499
+    assert sorted(set(asked)) == list(range(500))

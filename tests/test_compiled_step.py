@@ -1,0 +1,182 @@
+"""Steps played by compiled calls are the steps done operation by operation, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="the compiled operations need Numba")
+
+from gpu_microgpt.backend import choose
+from gpu_microgpt.compiled_step import CompiledEngine
+from gpu_microgpt.config import Config
+from gpu_microgpt.data.batch import gather
+from gpu_microgpt.data.corpus import load_corpus
+from gpu_microgpt.data.dataset import Dataset
+from gpu_microgpt.dims import Dims
+from gpu_microgpt.host_step import HostEngine
+from gpu_microgpt.model import GPT
+from gpu_microgpt.ops.cpu.batch import first_of_part, sort_by_length
+from gpu_microgpt.ops.cpu.batch import gather as compiled_gather
+from gpu_microgpt.params import Weights, initial_weights
+from gpu_microgpt.rng import Stream, normal
+from tests.run_helpers import settings, write_text
+
+STEPS = 23  # more than an epoch of 80 words, and no multiple of what is done together
+
+
+def make(kind: type, folder: Path, *overrides: str, shard_flops: float = 5e8) -> HostEngine:
+    """An engine of this kind for a tiny run."""
+    config: Config = settings(folder, "kernels=compiled", "train.log_interval=10", *overrides)
+    backend = choose(config)
+    dataset = Dataset.build(config, load_corpus(config.data, log=print), log=lambda line: None)
+    dims = Dims.of(config.model, dataset.tokenizer.vocab_size)
+    model = GPT(Weights(dims, backend))
+    draws = 0.1 * normal(1, Stream.INIT, dims.num_params)
+    model.params.load(initial_weights(dims, draws, False), backend)
+    engine = kind(model, config, backend, dataset.train, STEPS)
+    assert isinstance(engine, HostEngine)
+    return engine
+
+
+def train(engine: HostEngine, first: int = 1, last: int = STEPS) -> np.ndarray:
+    """Records of all steps, (last - first + 1, 3)."""
+    records = []
+    with engine.backend:
+        for step in range(first, last + 1):
+            engine.train(step)
+            if step % engine.ring == 0 or step == last:
+                ring = engine.ask().records()
+                known = range(first + len(records), step + 1)
+                records += [ring[s % len(ring)].copy() for s in known]
+    return np.array(records)
+
+
+def state(engine: HostEngine) -> dict[str, bytes]:
+    o = engine.optimizer
+    arrays = {"weights": o.params.flat, "m": o.m.flat, "v": o.v.flat, "norm": o.norm}
+    arrays |= engine.gradients()
+    return {name: array.tobytes() for name, array in arrays.items()}
+
+
+KINDS = {
+    "documents": (),
+    "fp64": ("dtype=fp64",),
+    "accumulated": ("train.grad_accum=3",),
+    "stream": ("data.mode=stream",),
+    "anywhere": ("data.mode=stream", "data.order=random", "train.grad_accum=2"),
+    "drawn": ("data.order=random",),
+    "microgpt": ("rng=microgpt", "dtype=fp64", "train.batch_size=1", "data.val_fraction=0"),
+    "no clipping": ("optimizer.grad_clip=0", "optimizer.name=adamw", "optimizer.weight_decay=0.1"),
+    "one position": ("model.block_size=1",),
+    "odd sizes": ("model.n_embd=18", "model.n_head=3", "train.batch_size=7"),
+    "two threads": ("threads=2",),
+    "two threads, accumulated": ("threads=2", "train.grad_accum=2", "train.batch_size=5"),
+    "more threads than sequences": ("threads=3", "train.batch_size=2"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_as_one_by_one(kind, tmp_path, monkeypatch):
+    if "threads" in kind:
+        monkeypatch.setattr("gpu_microgpt.backend.numpy.SHARD_FLOPS", 0.0)
+    write_text(tmp_path)
+    played, done = (make(e, tmp_path, *KINDS[kind]) for e in (CompiledEngine, HostEngine))
+    threads = played.backend.threads
+    assert len(played.step.shards.shards) == min(threads, played.config.train.batch_size)
+    ours, theirs = train(played), train(done)
+    assert ours.shape == (STEPS, 3)
+    assert np.isfinite(ours).all()
+    assert ours.tobytes() == theirs.tobytes()
+    assert state(played) == state(done)
+
+
+def test_pieces(tmp_path, monkeypatch):
+    """A batch of more rows than are worked on at a time is cut the same way."""
+    monkeypatch.setattr("gpu_microgpt.backend.numpy.PIECE_ROWS", 24)
+    write_text(tmp_path)
+    args = ("train.batch_size=11",)
+    played, done = (make(e, tmp_path, *args) for e in (CompiledEngine, HostEngine))
+    assert played.step.shards.pieces == 4
+    assert train(played).tobytes() == train(done).tobytes()
+    assert state(played) == state(done)
+
+
+def test_a_shard_without_sequences_adds_nothing(tmp_path, monkeypatch):
+    """Two shards, batches of one sequence: the second's gradients are zero, not the last step's."""
+    monkeypatch.setattr("gpu_microgpt.backend.numpy.SHARD_FLOPS", 0.0)
+    monkeypatch.setattr("gpu_microgpt.backend.numpy.NumpyBackend.split", lambda self, *args: (2, 1))
+    write_text(tmp_path)
+    args = ("train.batch_size=1", "threads=2")
+    played, done = (make(e, tmp_path, *args) for e in (CompiledEngine, HostEngine))
+    played.step.shards.shards[1].grads.flat.fill(7)
+    assert train(played).tobytes() == train(done).tobytes()
+    assert state(played) == state(done)
+
+
+def test_one_and_two_threads_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpu_microgpt.backend.numpy.SHARD_FLOPS", 0.0)
+    write_text(tmp_path)
+    runs = [make(CompiledEngine, tmp_path, f"threads={n}", "optimizer.lr=1e-3") for n in (1, 2)]
+    losses = [train(run)[:, 0] for run in runs]
+    assert not np.array_equal(*losses) or not np.array_equal(*(state(r)["m"] for r in runs))
+    assert np.abs(losses[0] - losses[1]).max() < 1e-6
+
+
+def test_steps_wait_until_they_are_asked_for(tmp_path):
+    write_text(tmp_path)
+    engine = make(CompiledEngine, tmp_path)
+    before = engine.optimizer.params.flat.tobytes()
+    with engine.backend:
+        engine.train(1)
+        engine.train(2)
+        assert engine.optimizer.params.flat.tobytes() == before
+        assert engine.ask().ms_per_step() > 0
+        assert engine.optimizer.params.flat.tobytes() != before
+        engine.train(3)
+        with pytest.raises(ValueError, match="got step 5, wanted 4"):
+            engine.train(5)
+
+
+def test_large_steps_do_not_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpu_microgpt.compiled_step.CALL_FLOPS", 1.0)
+    write_text(tmp_path)
+    engine = make(CompiledEngine, tmp_path)
+    before = engine.optimizer.params.flat.tobytes()
+    with engine.backend:
+        engine.train(1)
+    assert engine.optimizer.params.flat.tobytes() != before
+
+
+def test_profiled_steps_are_done_one_by_one(tmp_path):
+    write_text(tmp_path)
+    engine, plain = (make(CompiledEngine, tmp_path, f"profile={p}") for p in ("true", "false"))
+    assert train(engine).tobytes() == train(plain).tobytes()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("size", [8, 9, 30])
+def test_batches_are_those_of_the_host(parts, size):
+    draw = np.random.default_rng(size)
+    text = draw.integers(0, 50, 400).astype(np.uint16)
+    lengths = draw.integers(1, 17, size)
+    starts = draw.integers(0, 380, size)
+    order, edges, counts = (np.full(n, -1) for n in (size, size + 1, 17))
+    sort_by_length(lengths, order, edges, counts)
+    first = 0
+    for part, wanted in enumerate(gather(text, starts, lengths).split(parts)):
+        last = first_of_part(edges, part + 1, parts, first)
+        tokens, targets, positions, offsets = (np.full(600, -1, np.int32) for _ in range(4))
+        rows = compiled_gather(
+            text, starts, lengths, order, first, last, tokens, targets, positions, offsets
+        )
+        assert rows == len(wanted.tokens)
+        assert tokens[:rows].tolist() == wanted.tokens.tolist()
+        assert targets[:rows].tolist() == wanted.targets.tolist()
+        assert positions[:rows].tolist() == wanted.positions.tolist()
+        assert offsets[: last - first + 1].tolist() == wanted.layout.offsets.tolist()
+        assert (tokens[rows:] == -1).all()
+        first = last
+    assert first == size
