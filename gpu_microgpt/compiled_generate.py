@@ -30,7 +30,6 @@ class CompiledGenerator(Generator):
         self._tokens = backend.zeros((sequences,), "i4")
         with ops.recording() as self._program:
             self._logits = model.decode(self.memory, self._tokens, self.cache)
-        self._code = self._program.code
         self._heap = np.zeros(model.dims.vocab_size, np.int32)
 
     def run(
@@ -70,8 +69,8 @@ class CompiledGenerator(Generator):
         never, stop = (-1 if token is None else token for token in (sampling.never, sampling.stop))
         written = np.empty(draws.shape, np.int32)
         count = write_tokens(
-            self._program.like, self._code, self._logits, self._tokens, self.cache.lengths, written,
-            ended, draws, self._heap, float(sampling.temperature), sampling.top_k,
+            self._program.like, self._program.code, self._logits, self._tokens,
+            self.cache.lengths, written, ended, draws, self._heap, float(sampling.temperature), sampling.top_k,
             float(sampling.top_p), never, stop, self.block_size,
         )  # fmt: skip
         return written[:count]

@@ -1,16 +1,16 @@
 """Training with compiled kernels: the step recorded once, then played, many steps in one call.
 
-What graph_step.py is for a GPU. The forward and backward pass of model.py and the update are
-recorded as programs of instructions; a call of `ops.cpu.step` draws batches from the text and plays
-them. Where a step is small Python is not asked between steps: they wait here until there is work
-enough for a call, or their figures are asked for.
+What graph_step.py is for a GPU. The passes of model.py and the update are recorded as programs of
+instructions; a call of `ops.cpu.step` gathers batches from the text and plays them. Where a step is
+small Python is not asked between steps: they wait here until there is work enough for a call, or
+their figures are asked for.
 """
 
 from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -22,52 +22,105 @@ from .data.dataset import Split
 from .host_step import HostEngine, HostFigures
 from .model import GPT
 from .ops.cpu import CompiledOps
-from .ops.cpu.step import train_shard, train_steps
+from .ops.cpu.instructions import Program
+from .ops.cpu.step import score_shard, train_shard, train_steps
 from .profile import PROFILED_STEPS
-from .step import Shard
+from .step import Shard, Shards
 
 CALL_FLOPS = 1e9  # of the steps of one call at least: some 10 ms, much more than a call costs
 
 
-class Recorded:
+class RecordedShard:
     """A shard's passes as programs, and the memory its batches are gathered in."""
 
-    def __init__(self, shard: Shard, config: Config, backend: Backend) -> None:
-        """Record them."""
-        memory, size, length = shard.memory, config.train.batch_size, shard.model.dims.block_size
-        tokens, targets, positions = (backend.zeros((memory.capacity,), "i4") for _ in range(3))
-        offsets = backend.zeros((size + 1,), "i4")
-        self.ids = tokens, targets, positions, offsets
-        self.sorting = tuple(np.zeros(n, np.int64) for n in (size, size + 1, length + 1))
-        self.scale = np.zeros(1)
-        batch = Batch(tokens, targets, positions, Layout(offsets, (Run(0, 1, length),)), -1)
+    def __init__(self, shard: Shard, share: tuple[int, int, int], size: int) -> None:
+        """Record them, for batches of up to `size` sequences, of which it takes its share: which
+        shard it is, of how many, in how many pieces."""
+        rows, length = shard.memory.capacity, shard.model.dims.block_size
+        tokens, targets, positions = (np.zeros(rows, "i4") for _ in range(3))
+        offsets = np.zeros(size + 1, "i4")
+        self._batch = Batch(tokens, targets, positions, Layout(offsets, (Run(0, 1, length),)), -1)
+        sorting = tuple(np.zeros(n, np.int64) for n in (size, size + 1, length + 1))
+        self.memory = share, (tokens, targets, positions, offsets), sorting  # as in ops.cpu.step
+        self.shard, self.scale = shard, np.zeros(1)
+        self.score = self._record(add=None)
+        self.passes = tuple(self._record(add) for add in (False, True)) if shard.trains else ()
+
+    def _record(self, add: bool | None) -> Program:
+        """Forward and the losses, or with `add` forward and backward."""
+        shard, model, memory, batch = self.shard, self.shard.model, self.shard.memory, self._batch
         ops = compiled_ops(memory)
-        self.programs = []
-        for add in (False, True):
-            with ops.recording() as program:
-                shard.model.forward(memory, batch)
-                losses = shard.model.backward(memory, batch, shard.grads, self.scale, add)
-                ops.add_losses(shard.loss, losses)
-            self.programs.append(program)
-        self.passes = tuple(program.code for program in self.programs)
+        with ops.recording() as program:
+            model.forward(memory, batch)
+            if add is None:
+                losses = model.loss(memory, batch)
+            else:
+                losses = model.backward(memory, batch, shard.grads, self.scale, add)
+            ops.add_losses(shard.loss, losses)
+        return program
+
+
+class CompiledShards(Shards):
+    """Shards whose passes are recorded."""
+
+    recorded: list[RecordedShard]
+
+    @classmethod
+    def build(cls, model: GPT, config: Config, backend: Backend, training: bool = True) -> Self:
+        """Take their memory and record."""
+        shards = super().build(model, config, backend, training)
+        count, size = len(shards.shards), config.train.batch_size
+        shards.recorded = [
+            RecordedShard(shard, (i, count, shards.pieces), size)
+            for i, shard in enumerate(shards.shards)
+        ]
+        return shards
+
+    def mean_loss(self, split: Split, limit: int = 0) -> float:
+        """As Shards.mean_loss; a call a shard for all full batches, and one for what is left."""
+        *full, last = split.items(limit)
+        groups = [np.stack(part) for part in (full, [last]) if part]
+        total, count = 0.0, 0
+        for items in groups:
+            starts, lengths = split.starts[items], split.lengths[items]
+            self.backend.run([
+                partial(
+                    score_shard, r.score.like, r.score.code, split.flat, starts, lengths, *r.memory,
+                    r.shard.loss,
+                )
+                for r in self.recorded
+            ])  # fmt: skip
+            total += sum(float(shard.loss[0]) for shard in self.shards)
+            count += int(lengths.sum())
+        return total / count
+
+    def train(self, split: Split, starts: Any, lengths: Any) -> None:
+        """The passes of one step's micro-batches, side by side."""
+        self.backend.run([
+            partial(
+                train_shard, *(p.code for p in r.passes), split.flat, starts, lengths, *r.memory,
+                r.shard.grads.flat, r.scale, r.shard.loss,
+            )
+            for r in self.recorded
+        ])  # fmt: skip
 
 
 class CompiledEngine(HostEngine):
     """A model in training, whose steps wait until there are enough, or figures are wanted."""
+
+    shards = CompiledShards
 
     def __init__(
         self, model: GPT, config: Config, backend: Backend, split: Split, total_steps: int
     ) -> None:
         """Take memory and record; nothing is computed before the first step."""
         super().__init__(model, config, backend, split, total_steps)
-        shards = self.step.shards.shards
-        self._recorded = [Recorded(shard, config, backend) for shard in shards]
-        self._flat = np.ascontiguousarray(split.flat)
+        assert isinstance(self.step.shards, CompiledShards)
+        self._shards = self.step.shards
         ops = compiled_ops(self.memory)
         with ops.recording() as self._update:
             self.optimizer.measure(ops, self.step.grads)
             self.optimizer.apply(ops, self.step.grads)
-        self._update_code = self._update.code
         sequences = config.train.batch_size * config.train.grad_accum
         length = split.num_targets / len(split.lengths)
         flops = model.dims.train_flops(sequences * length, length)
@@ -111,40 +164,25 @@ class CompiledEngine(HostEngine):
         first, count = self._waiting[0], len(self._waiting)
         self._waiting.clear()
         starts, lengths = self._split.sequences(first - 1, count)
-        if len(self._recorded) == 1:
+        if len(self._shards.shards) == 1:
             self._steps_of_one_shard(starts, lengths, first)
         else:
             for k in range(count):
-                self._step_of_shards(starts[k], lengths[k], first + k)
+                self._shards.train(self._split, starts[k], lengths[k])
+                self.step.update(int(lengths[k].sum()), self._rate(first + k), first + k)
         self._seconds += time.perf_counter() - start
         self._steps += count
 
     def _steps_of_one_shard(self, starts: Any, lengths: Any, first: int) -> None:
         """All of them in one call."""
-        optimizer, (recorded,), records = self.optimizer, self._recorded, self.step.records
-        (shard,), pieces = self.step.shards.shards, self.step.shards.pieces
+        optimizer, (r,) = self.optimizer, self._shards.recorded
         steps = range(first, first + len(starts))
         rates = np.array([optimizer.rates(self._rate(step), step) for step in steps])
         train_steps(
-            *recorded.passes, self._update_code, self._flat, starts, lengths, (0, 1, pieces),
-            recorded.ids, recorded.sorting, shard.grads.flat, recorded.scale, shard.loss,
-            optimizer.norm, optimizer.scalars, rates, records, first,
+            *(p.code for p in r.passes), self._update.code, self._split.flat, starts, lengths,
+            *r.memory, r.shard.grads.flat, r.scale, r.shard.loss, optimizer.norm, optimizer.scalars,
+            rates, self.step.records, first,
         )  # fmt: skip
-
-    def _step_of_shards(self, starts: Any, lengths: Any, step: int) -> None:
-        """Side by side, then the update."""
-        shards = self.step.shards
-
-        def work(number: int, shard: Shard, recorded: Recorded) -> None:
-            train_shard(
-                *recorded.passes, self._flat, starts, lengths,
-                (number, len(shards.shards), shards.pieces), recorded.ids, recorded.sorting,
-                shard.grads.flat, recorded.scale, shard.loss,
-            )  # fmt: skip
-
-        pairs = zip(shards.shards, self._recorded, strict=True)
-        self.backend.run([partial(work, i, *pair) for i, pair in enumerate(pairs)])
-        self.step.update(int(lengths.sum()), self._rate(step), step)
 
 
 def compiled_ops(memory: Activations) -> CompiledOps:

@@ -18,7 +18,6 @@ from .host_step import HostEngine
 from .model import GPT
 from .optim import Optimizer
 from .profile import Profiler
-from .step import Shards
 
 
 class Figures(Protocol):
@@ -97,4 +96,4 @@ def make_evaluator(model: GPT, config: Config, backend: Backend) -> Evaluator:
     """Take memory for scoring only."""
     if isinstance(backend, CudaBackend):
         return GraphEvaluator.build(model, config, backend)
-    return Shards.build(model, config, backend, training=False)
+    return _host_engine(backend).shards.build(model, config, backend, training=False)

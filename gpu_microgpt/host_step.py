@@ -13,7 +13,7 @@ from .config import Config
 from .data.dataset import Split
 from .model import GPT
 from .schedule import learning_rate
-from .step import Step
+from .step import Shards, Step
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,14 @@ class HostFigures:
 class HostEngine:
     """Batches made and worked on by the host, one step after the other."""
 
+    shards: type[Shards] = Shards
+
     def __init__(
         self, model: GPT, config: Config, backend: Backend, split: Split, total_steps: int
     ) -> None:
         """Take memory."""
         self.config, self.backend, self._split, self._total = config, backend, split, total_steps
-        self.step = Step.build(model, config, backend)
+        self.step = Step.build(model, config, backend, self.shards)
         self.optimizer = self.step.optimizer
         self.memory = self.step.shards.shards[0].memory
         self.ring = len(self.step.records)

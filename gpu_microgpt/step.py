@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import numpy as np
 
@@ -32,6 +33,11 @@ class Shard:
         self.memory = Activations(model.dims, capacity, backend, training=grads is not None)
         self._grads = grads
         self.loss = backend.zeros((1,), np.float64)  # sum over the rows seen
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has gradients."""
+        return self._grads is not None
 
     @property
     def grads(self) -> Params:
@@ -66,7 +72,7 @@ class Shards:
         self.shards, self.pieces, self.backend = shards, pieces, backend
 
     @classmethod
-    def build(cls, model: GPT, config: Config, backend: Backend, training: bool = True) -> Shards:
+    def build(cls, model: GPT, config: Config, backend: Backend, training: bool = True) -> Self:
         """Plan them for the configured batch, and take their memory."""
         plan = ShardPlan.of(config, model.dims, backend)
 
@@ -115,9 +121,11 @@ class Step:
         self.records = backend.zeros((ring, 3), np.float64)
 
     @classmethod
-    def build(cls, model: GPT, config: Config, backend: Backend) -> Step:
+    def build(
+        cls, model: GPT, config: Config, backend: Backend, kind: type[Shards] = Shards
+    ) -> Step:
         """Plan the shards for the configured batch, and take their memory."""
-        shards = Shards.build(model, config, backend)
+        shards = kind.build(model, config, backend)
         optimizer = Optimizer(config.optimizer, model.params, backend)
         return cls(model, optimizer, shards, backend, records_kept(config))
 

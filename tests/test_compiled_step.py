@@ -104,6 +104,28 @@ def test_pieces(tmp_path, monkeypatch):
     assert state(played) == state(done)
 
 
+@pytest.mark.parametrize("limit", [0, 1, 3])
+@pytest.mark.parametrize(
+    "kind",
+    ["documents", "fp64", "stream", "odd sizes", "two threads", "more threads than sequences"],
+)
+def test_the_same_held_out_loss(kind, limit, tmp_path, monkeypatch):
+    """But for the order in which batches are added up."""
+    if "threads" in kind:
+        monkeypatch.setattr("gpu_microgpt.backend.numpy.SHARD_FLOPS", 0.0)
+    monkeypatch.setattr("gpu_microgpt.backend.numpy.PIECE_ROWS", 16)
+    write_text(tmp_path)
+    played, done = (make(e, tmp_path, *KINDS[kind]) for e in (CompiledEngine, HostEngine))
+    with played.backend, done.backend:
+        ours, theirs = (e.mean_loss(e._split, limit) for e in (played, done))
+        assert ours == pytest.approx(theirs, rel=1e-14)
+        assert played.mean_loss(played._split, limit) == ours
+        played.train(1)
+        done.train(1)  # which the loss is asked of then
+        ours, theirs = (e.mean_loss(e._split, limit) for e in (played, done))
+        assert ours == pytest.approx(theirs, rel=1e-14)
+
+
 def test_a_shard_without_sequences_adds_nothing(tmp_path, monkeypatch):
     """Two shards, batches of one sequence: the second's gradients are zero, not the last step's."""
     monkeypatch.setattr("gpu_microgpt.backend.numpy.SHARD_FLOPS", 0.0)

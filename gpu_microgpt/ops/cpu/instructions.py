@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,9 @@ class Program:
         self.rows: list[list[int]] = []
         self.arrays: list[Any] = []  # kept, so that their memory is
 
-    @property
+    @cached_property
     def code(self) -> np.ndarray[Any, Any]:
-        """The instructions as compiled functions take them."""
+        """The instructions as compiled functions take them, once all are recorded."""
         code = np.zeros((len(self.rows), WIDTH), np.int64)
         for row, numbers in zip(code, self.rows, strict=True):
             row[: len(numbers)] = numbers

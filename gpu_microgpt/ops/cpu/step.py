@@ -17,40 +17,65 @@ from .vector import at
 
 
 @compiled
+def pass_over(
+    like: Any, first_pass: Any, other_passes: Any, text: Any, starts: Any, lengths: Any, share: Any,
+    ids: Any, sorting: Any,
+) -> Any:  # fmt: skip
+    """Play a program for every piece of a shard's share of batches; returns how many it had.
+
+    first_pass: for the first piece, other_passes: for the others. text (M,) uint16; starts, lengths
+    (batches, B) int64. share: which shard, of how many, in how many pieces each. ids: tokens,
+    targets, positions (rows,), offsets (B + 1,) int32; sorting: order (B,), edges (B + 1,), counts
+    (T + 1,) int64; both scratch.
+    """
+    shard, shards, pieces = share
+    tokens, targets, positions, offsets = ids
+    order, edges, counts = sorting
+    batches, size = starts.shape
+    parts = min(shards * pieces, size)
+    played = 0
+    for batch in range(batches):
+        sort_by_length(lengths[batch], order[:size], edges[: size + 1], counts)
+        first = 0
+        for part in range(parts):
+            last = first_of_part(edges[: size + 1], part + 1, parts, first)
+            if part % shards == shard:
+                rows = gather(
+                    text, starts[batch], lengths[batch], order, first, last, tokens, targets,
+                    positions, offsets,
+                )  # fmt: skip
+                play(like, other_passes if played else first_pass, rows, last - first)
+                played += 1
+            first = last
+    return played
+
+
+@compiled
 def train_shard(
     first_pass: Any, other_passes: Any, text: Any, starts: Any, lengths: Any, share: Any, ids: Any,
     sorting: Any, grads: Any, scale: Any, loss: Any,
 ) -> None:  # fmt: skip
     """A shard's share of a step: its losses' sum and its gradients of the mean loss.
 
-    first_pass, other_passes: programs for the first batch and, adding to its gradients, for the
-    others. text (M,) uint16; starts, lengths (micro-batches, B) int64. share: which shard, of how
-    many, in how many pieces each. ids: tokens, targets, positions (rows,), offsets (B + 1,) int32;
-    sorting: order (B,), edges (B + 1,), counts (T + 1,) int64; both scratch. grads (P,), scale (1,)
-    and loss (1,) float64.
+    other_passes add to the gradients of first_pass. starts, lengths: of the micro-batches; grads
+    (P,); scale (1,) and loss (1,) float64.
     """
-    shard, shards, pieces = share
-    tokens, targets, positions, offsets = ids
-    order, edges, counts = sorting
-    micros, size = starts.shape
-    parts = min(shards * pieces, size)
     scale[0], loss[0] = 1 / lengths.sum(), 0
-    program = first_pass
-    for micro in range(micros):
-        sort_by_length(lengths[micro], order, edges, counts)
-        first = 0
-        for part in range(parts):
-            last = first_of_part(edges, part + 1, parts, first)
-            if part % shards == shard:
-                rows = gather(
-                    text, starts[micro], lengths[micro], order, first, last, tokens, targets,
-                    positions, offsets,
-                )  # fmt: skip
-                play(grads, program, rows, last - first)
-                program = other_passes
-            first = last
-    if shard >= parts:
+    played = pass_over(
+        grads, first_pass, other_passes, text, starts, lengths, share, ids, sorting
+    )  # fmt: skip
+    if not played:
         fill_row(at(grads, 0), 0, len(grads))
+
+
+@compiled
+def score_shard(
+    like: Any, score: Any, text: Any, starts: Any, lengths: Any, share: Any, ids: Any, sorting: Any,
+    loss: Any,
+) -> None:  # fmt: skip
+    """The sum of losses over a shard's share of batches; score: a program that adds to it."""
+    loss[0] = 0
+    pass_over(like, score, score, text, starts, lengths, share, ids, sorting)
 
 
 @compiled
@@ -63,7 +88,7 @@ def train_steps(
 
     update: the program of the update, which reads scalars (4,) and writes norm (1,), both float64;
     rates (steps, 3): what scalars begin with in each step; starts, lengths (steps, micro-batches,
-    B); records (ring, 3) as `Step` has them. The rest is as above.
+    B); records (ring, 3) as `Step` has them. The rest as above.
     """
     for k in range(len(rates)):
         train_shard(
