@@ -68,9 +68,9 @@ class CompiledGenerator(Generator):
         one is full. `ended` (S,) is overwritten."""
         never, stop = (-1 if token is None else token for token in (sampling.never, sampling.stop))
         written = np.empty(draws.shape, np.int32)
+        heat = (float(sampling.temperature), sampling.top_k, float(sampling.top_p))
         count = write_tokens(
-            self._program.like, self._program.code, self._logits, self._tokens,
-            self.cache.lengths, written, ended, draws, self._heap, float(sampling.temperature), sampling.top_k,
-            float(sampling.top_p), never, stop, self.block_size,
+            self._program.like, self._program.code, self._logits, self._tokens, self.cache.lengths,
+            written, ended, draws, self._heap, *heat, never, stop, self.block_size,
         )  # fmt: skip
         return written[:count]
