@@ -1,24 +1,27 @@
 """The operations compiled for the CPU with Numba; `vector.py` is the language they are written in.
 
 Same names, signatures and results as `reference/`, which is the definition; float32 and float64.
+With `AmxOps` and `DotOps` operands of products are rounded to bfloat16 first; all else is float32.
 """
 
 from __future__ import annotations
 
 from ...arena import array_bytes
 from ...dims import Dims
-from ..reference.context import Context
 from .adamw import adamw, clip_scale, global_norm
+from .amx import AMX_UNIT, bf16_unit
 from .attention import attention, attention_backward, attention_scratch
 from .attention_decode import attention_decode, cache_kv, decode_scratch
+from .bf16_linear import AMX, DOTS
 from .cross_entropy import add_losses, cross_entropy, cross_entropy_backward
 from .embedding import embedding, embedding_backward
 from .linear import (
+    FULL,
+    Multiplier,
     linear,
     linear_add,
     linear_backward,
     linear_relu,
-    linear_scratch,
     relu_linear_backward,
 )
 from .relu import relu, relu_backward
@@ -32,9 +35,13 @@ from .rmsnorm import (
 from .sample import sample, sample_philox, sample_scratch
 from .softmax import softmax, softmax_backward
 
+__all__ = ["AMX_UNIT", "AmxOps", "CompiledOps", "DotOps", "bf16_unit", "workspace_bytes"]
 
-class CompiledOps(Context):
+
+class CompiledOps(Multiplier):
     """All operations as methods over one workspace."""
+
+    products = FULL
 
     embedding = embedding
     embedding_backward = embedding_backward
@@ -66,13 +73,27 @@ class CompiledOps(Context):
     sample_philox = sample_philox
 
 
-def workspace_bytes(dims: Dims, rows: int, itemsize: int) -> int:
+class AmxOps(CompiledOps):
+    """The same with products of bfloat16 operands, by AMX."""
+
+    products = AMX
+
+
+class DotOps(CompiledOps):
+    """The same with products of bfloat16 operands, by AVX512_BF16."""
+
+    products = DOTS
+
+
+def workspace_bytes(
+    dims: Dims, rows: int, itemsize: int, kind: type[CompiledOps] = CompiledOps
+) -> int:
     """Scratch that the greediest operation wants, for batches of up to `rows` positions."""
     c, v, t = dims.n_embd, dims.vocab_size, dims.block_size
     return max(
         sum(array_bytes(shape, itemsize) for shape in shapes)
         for shapes in (
-            linear_scratch(max(4 * c, v), 4 * c, itemsize),
+            kind.products.scratch(max(4 * c, v), 4 * c, itemsize),
             attention_scratch(rows, c, dims.n_head, t),
             decode_scratch(t),
             sample_scratch(v),

@@ -27,13 +27,24 @@ from .vector import at, lanes, load, store_some
 HAS_AMX = "+amx-bf16" in FEATURES and "+amx-tile" in FEATURES
 I8 = ir.IntType(8)
 ARCH_PRCTL, REQUEST, TILE_DATA = 158, 0x1023, 18  # Linux on x86-64: ARCH_REQ_XCOMP_PERM
+AMX_UNIT = "AMX"
 A, B = (4, 5), (6, 7)  # registers; the sums are 0 to 3
+
+
+def bf16_unit() -> str:
+    """What multiplies bfloat16 here: AMX_UNIT, or AVX512_BF16 and why it is not AMX; "" if
+    nothing."""
+    if "+avx512bf16" not in FEATURES:
+        return ""
+    if not HAS_AMX:
+        return "AVX512_BF16"
+    return AMX_UNIT if permitted() else "AVX512_BF16; the system lets no process use AMX"
 
 
 @cache
 def permitted() -> bool:
-    """Whether this CPU has AMX for bfloat16 and Linux lets this process use it."""
-    if not HAS_AMX or sys.platform != "linux" or platform.machine() != "x86_64":
+    """Ask Linux, once, to let this process use AMX."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     syscall = ctypes.CDLL(None, use_errno=True).syscall
     return int(syscall(ARCH_PRCTL, ctypes.c_long(REQUEST), ctypes.c_long(TILE_DATA))) == 0
@@ -117,9 +128,9 @@ def amx_block(mode, m, n, k, a, lda, b, c, ldc, r, ldr, stage):
         sums_load(r, ldr)
     else:
         sums_zero(c)
-    for l in range(0, k, STEP):  # noqa: E741
-        sums_add(at(a, l), lda, at(b, l * SIDE))
-    if whole and (mode == STORE or mode == ADD):
+    for part in range(0, k, STEP):
+        sums_add(at(a, part), lda, at(b, part * SIDE))
+    if whole and mode in (STORE, ADD):
         sums_store(c, ldc)
         return
     sums_store(stage, SIDE)

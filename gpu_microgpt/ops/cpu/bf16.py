@@ -173,21 +173,23 @@ def pack_rows(a, ld, m, k, p):
     """p (m, words(k)) from a's rows."""
     width = words(k)
     for i in range(m):
-        for l in range(0, k, SIDE):  # noqa: E741
-            start = i * ld + l
-            if l + SIDE <= k:
-                store(p, i * width + l // 2, load_along(a, start))
+        for part in range(0, k, SIDE):
+            start = i * ld + part
+            if part + SIDE <= k:
+                store(p, i * width + part // 2, load_along(a, start))
             else:
-                store(p, i * width + l // 2, load_some_along(a, start, k - l))
+                store(p, i * width + part // 2, load_some_along(a, start, k - part))
 
 
 @compiled
 def pack_columns(at_, ld, m, k, p):
     """p (m, words(k)), m made up to whole vectors, from a^T (k, m)."""
     width = words(k)
-    for l in range(0, k, SIDE):  # noqa: E741
+    for part in range(0, k, SIDE):
         for i in range(0, m, STEP):
-            turn_across(at(at_, l * ld + i), ld, k - l, m - i, at(p, i * width + l // 2), width)
+            turn_across(
+                at(at_, part * ld + i), ld, k - part, m - i, at(p, i * width + part // 2), width
+            )
 
 
 @compiled
@@ -195,13 +197,13 @@ def pack_strips(b, ld, k, n, p):
     """p, strips of b (k, n)."""
     rows = words(k)
     for j in range(0, n, SIDE):
-        for l in range(rows):  # noqa: E741
+        for part in range(rows):
             for v in range(j, j + SIDE, lanes(p)):
-                start, to = 2 * l * ld + v, j * rows + l * SIDE + v - j
-                if 2 * l + 2 <= k and v + lanes(p) <= n:
+                start, to = 2 * part * ld + v, j * rows + part * SIDE + v - j
+                if 2 * part + 2 <= k and v + lanes(p) <= n:
                     store(p, to, load_across(b, start, ld))
                 else:
-                    store(p, to, load_some_across(b, start, ld, k - 2 * l, n - v))
+                    store(p, to, load_some_across(b, start, ld, k - 2 * part, n - v))
 
 
 @compiled
@@ -210,6 +212,6 @@ def pack_strips_transposed(bt, ld, k, n, p):
     rows = words(k)
     for j in range(0, n, SIDE):
         for v in range(j, j + SIDE, lanes(p)):
-            for l in range(0, k, SIDE):  # noqa: E741
-                to = j * rows + l // 2 * SIDE + v - j
-                turn_along(at(bt, v * ld + l), ld, n - v, k - l, at(p, to), SIDE)
+            for part in range(0, k, SIDE):
+                to = j * rows + part // 2 * SIDE + v - j
+                turn_along(at(bt, v * ld + part), ld, n - v, k - part, at(p, to), SIDE)

@@ -16,6 +16,7 @@ from ...arena import Shape
 from .bf16 import SIDE, pack_columns, pack_rows, pack_strips, pack_strips_transposed, words
 from .bf16_product import STAGE, block_product, few_product, units_close, units_open
 from .compile import compiled
+from .linear import Products
 from .tile import ADD, STORE
 from .vector import at
 
@@ -134,7 +135,7 @@ def dot_gradients(mode, N, F, C, dx, dw, dy, x, w, add, panel, block):
 
 
 @cache
-def bf16_scratch(outputs: int, inputs: int) -> tuple[Shape, ...]:
+def bf16_scratch(outputs: int, inputs: int, itemsize: int = 4) -> tuple[Shape, ...]:
     """Scratch shapes of a linear, in float32: a panel of packed weights and rows of x or dy, or of
     rows of x; a block of packed dy."""
 
@@ -148,3 +149,7 @@ def bf16_scratch(outputs: int, inputs: int) -> tuple[Shape, ...]:
         packed(CHUNK, inputs),
     )
     return (STAGE + panel,), (packed(CHUNK, OUTPUTS),)
+
+
+AMX = Products(amx_multiply, amx_gradients, bf16_scratch)
+DOTS = Products(dot_multiply, dot_gradients, bf16_scratch)

@@ -20,7 +20,6 @@ from .compile import compiled
 from .tile import ADD, KEEP, RELU
 from .vector import at, keep, lanes, load_some, merged, store_some, vmax
 
-
 Step = Callable[[Code, ir.Value, ir.Value, ir.Value], ir.Value]
 
 

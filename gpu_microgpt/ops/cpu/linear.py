@@ -20,7 +20,9 @@ no rule of shapes tells these apart, and the compiled step of generation could n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 from ...arena import Shape
 from ...types import Array
@@ -85,18 +87,32 @@ def gradients(mode, N, F, C, dx, dw, dy, x, w, add, panel, block):
     weight_gradient(N, F, C, dw, dy, x, add, panel, block)
 
 
-def linear(self: Context, y: Array, x: Array, w: Array) -> None:
+class Products(NamedTuple):
+    """Who multiplies: `multiply` and `gradients` above, or others with their arguments."""
+
+    multiply: Callable[..., None]
+    gradients: Callable[..., None]
+    scratch: Callable[[int, int, int], tuple[Shape, ...]]
+
+
+class Multiplier(Context):
+    """A context that says who multiplies."""
+
+    products: Products
+
+
+def linear(self: Multiplier, y: Array, x: Array, w: Array) -> None:
     """y = x w^T."""
     _multiply(self, STORE, y, x, w, y)
 
 
-def linear_add(self: Context, y: Array, x: Array, w: Array, residual: Array) -> None:
+def linear_add(self: Multiplier, y: Array, x: Array, w: Array, residual: Array) -> None:
     """y = residual + x w^T."""
     _multiply(self, ADD, y, x, w, residual)
 
 
 def linear_backward(
-    self: Context, dx: Array, dw: Array, dy: Array, x: Array, w: Array, add: bool
+    self: Multiplier, dx: Array, dw: Array, dy: Array, x: Array, w: Array, add: bool
 ) -> None:
     """dx = dy w; dw = dy^T x, or dw += dy^T x.
 
@@ -105,13 +121,13 @@ def linear_backward(
     _gradients(self, STORE, dx, dw, dy, x, w, add)
 
 
-def linear_relu(self: Context, y: Array, mask: Array, x: Array, w: Array) -> None:
+def linear_relu(self: Multiplier, y: Array, mask: Array, x: Array, w: Array) -> None:
     """y = max(x w^T, 0). The mask is for backends that read it: here the output itself says it."""
     _multiply(self, RELU, y, x, w, y)
 
 
 def relu_linear_backward(
-    self: Context, dx: Array, dw: Array, dy: Array, x: Array, mask: Array, w: Array, add: bool
+    self: Multiplier, dx: Array, dw: Array, dy: Array, x: Array, mask: Array, w: Array, add: bool
 ) -> None:
     """dx = (dy w) [x > 0]; dw as linear_backward.
 
@@ -120,18 +136,18 @@ def relu_linear_backward(
     _gradients(self, KEEP, dx, dw, dy, x, w, add)
 
 
-def _multiply(self: Context, mode: int, y: Array, x: Array, w: Array, r: Array) -> None:
+def _multiply(self: Multiplier, mode: int, y: Array, x: Array, w: Array, r: Array) -> None:
     outputs, inputs = w.shape
-    panel, _ = self.scratch(w.dtype, *linear_scratch(outputs, inputs, w.itemsize))
-    multiply(mode, len(x), outputs, inputs, y, x, w, r, panel)
+    panel, _ = self.scratch(w.dtype, *self.products.scratch(outputs, inputs, w.itemsize))
+    self.products.multiply(mode, len(x), outputs, inputs, y, x, w, r, panel)
 
 
 def _gradients(
-    self: Context, mode: int, dx: Array, dw: Array, dy: Array, x: Array, w: Array, add: bool
+    self: Multiplier, mode: int, dx: Array, dw: Array, dy: Array, x: Array, w: Array, add: bool
 ) -> None:
     outputs, inputs = w.shape
-    panel, block = self.scratch(w.dtype, *linear_scratch(outputs, inputs, w.itemsize))
-    gradients(mode, len(x), outputs, inputs, dx, dw, dy, x, w, add, panel, block)
+    panel, block = self.scratch(w.dtype, *self.products.scratch(outputs, inputs, w.itemsize))
+    self.products.gradients(mode, len(x), outputs, inputs, dx, dw, dy, x, w, add, panel, block)
 
 
 @cache
@@ -141,3 +157,6 @@ def linear_scratch(outputs: int, inputs: int, itemsize: int) -> tuple[Shape, ...
     strip = max(outputs, inputs) * STRIP * lanes
     whole = ROWS * -(-inputs // lanes) * lanes
     return (max(strip, whole),), (ROWS * COLUMNS,)
+
+
+FULL = Products(multiply, gradients, linear_scratch)  # operands as they are
