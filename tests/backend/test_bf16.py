@@ -56,8 +56,7 @@ def test_what_computes_is_said(here, unit, kind):
 
 @needs_numba
 def test_auto_is_numpy_where_there_is_no_gpu(here, monkeypatch):
-    fake_cupy.install(monkeypatch)
-    fake_cupy.failing["getDeviceCount"] = 100
+    fake_cupy.install(monkeypatch).failing["getDeviceCount"] = 100
     here("AMX")
     assert "(auto: no NVIDIA GPU is seen" in chosen().describe()
     here("")

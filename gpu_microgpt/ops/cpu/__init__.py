@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ...arena import array_bytes
 from ...dims import Dims
+from . import attention_bf16
 from .adamw import adamw, clip_scale, global_norm
 from .amx import AMX_UNIT, bf16_unit
 from .attention import attention, attention_backward, attention_scratch
@@ -42,6 +43,7 @@ class CompiledOps(Multiplier):
     """All operations as methods over one workspace."""
 
     products = FULL
+    attention_scratch = staticmethod(attention_scratch)
 
     embedding = embedding
     embedding_backward = embedding_backward
@@ -73,16 +75,24 @@ class CompiledOps(Multiplier):
     sample_philox = sample_philox
 
 
-class AmxOps(CompiledOps):
-    """The same with products of bfloat16 operands, by AMX."""
+class NarrowOps(CompiledOps):
+    """The same with operands of products rounded to bfloat16; made as one of the following."""
 
-    products = AMX
+    attention = attention_bf16.attention
+    attention_backward = attention_bf16.attention_backward
+    attention_scratch = staticmethod(attention_bf16.attention_scratch)
 
 
-class DotOps(CompiledOps):
-    """The same with products of bfloat16 operands, by AVX512_BF16."""
+class AmxOps(NarrowOps):
+    """Multiplied by AMX."""
 
-    products = DOTS
+    products, amx = AMX, 1
+
+
+class DotOps(NarrowOps):
+    """Multiplied by AVX512_BF16."""
+
+    products, amx = DOTS, 0
 
 
 def workspace_bytes(
@@ -94,7 +104,7 @@ def workspace_bytes(
         sum(array_bytes(shape, itemsize) for shape in shapes)
         for shapes in (
             kind.products.scratch(max(4 * c, v), 4 * c, itemsize),
-            attention_scratch(rows, c, dims.n_head, t),
+            kind.attention_scratch(rows, c, dims.n_head, t),
             decode_scratch(t),
             sample_scratch(v),
         )

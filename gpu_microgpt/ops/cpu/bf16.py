@@ -81,9 +81,26 @@ def _across(code: Code, a: ir.Value, i: ir.Value, ld: ir.Value, some: Any) -> ir
         ]  # fmt: skip
         u = code.load_masked(a, low, masks[0], code.constant(0))
         v = code.load_masked(a, high, masks[1], code.constant(0))
+    return _paired(code, u, v)
+
+
+def _paired(code: Code, u: ir.Value, v: ir.Value) -> ir.Value:
+    """Word j: u_j and v_j."""
     words = code.builder.bitcast(_rounded(code, u, v), ir.VectorType(ir.IntType(16), 2 * STEP))
     turned = code.shuffle(words, words, [k // 2 + k % 2 * STEP for k in range(2 * STEP)])
     return code.builder.bitcast(turned, code.vector)
+
+
+@word(places("v", "vv"))
+def joined(code: Code, u: ir.Value, v: ir.Value) -> ir.Value:
+    """The words of u, neighbour with neighbour, then of v."""
+    return _rounded(code, u, v)
+
+
+@word(places("v", "vv"))
+def paired(code: Code, u: ir.Value, v: ir.Value) -> ir.Value:
+    """Word j: u_j and v_j."""
+    return _paired(code, u, v)
 
 
 @word(places("v", "ai"))

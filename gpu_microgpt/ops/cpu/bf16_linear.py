@@ -45,7 +45,8 @@ def _times_packed(amx, mode, N, K, n, y, x, packed, r, block, stage):
     for i in range(0, N, ROWS):
         rows = min(ROWS, N - i)
         pack_rows(at(x, i * K), K, rows, K, block)
-        block_product(amx, mode, rows, n, K, block, packed, at(y, i * n), n, at(r, i * n), n, stage)
+        block_product(amx, mode, rows, n, K, block, words(K), packed, words(K), at(y, i * n), n,
+                      at(r, i * n), n, stage)  # fmt: skip
     units_close(amx, stage)
 
 
@@ -80,7 +81,8 @@ def _weight_gradient(amx, N, F, C, dw, dy, x, add, panel, block):
             columns = min(OUTPUTS, F - f)
             pack_columns(at(dy, i * F + f), F, columns, rows, at(block, 0))
             c = at(dw, f * C)
-            block_product(amx, mode, columns, C, rows, at(block, 0), packed, c, C, c, C, stage)
+            block_product(amx, mode, columns, C, rows, at(block, 0), words(rows), packed,
+                          words(rows), c, C, c, C, stage)  # fmt: skip
     units_close(amx, stage)
 
 

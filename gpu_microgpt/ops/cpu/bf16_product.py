@@ -1,11 +1,12 @@
 """Products of operands packed as bf16.py says: by AMX where `amx` is not 0, else by AVX512_BF16.
 
-    block_product(amx, mode, m, n, k, a, b, c, ldc, r, ldr, stage)
+    block_product(amx, mode, m, n, k, a, lda, b, ldb, c, ldc, r, ldr, stage)
 
-c (m, n) in float32, rows `ldc` apart, r (m, n) likewise and the modes are tile.py's. Sums stay in
-registers over all of k: blocks of 32 x 32 in AMX's, or tiles of 12 x 32 in vectors, with tile.py's
-loop, in which a word of a meets a vector of words of b. A strip of b stays in the L1 cache while
-the rows of a pass by. Nothing outside c is written; stage: STAGE numbers of scratch.
+Rows of a lie `lda` words apart, strips of b `ldb` rows; c (m, n) in float32, rows `ldc` apart, r
+(m, n) likewise; the modes are tile.py's. Sums stay in registers over all of k: blocks of 32 x 32 in
+AMX's, or tiles of 12 x 32 in vectors, with tile.py's loop, in which a word of a meets a vector of
+words of b. A strip of b stays in the L1 cache while the rows of a pass by. Nothing outside c is
+written; stage: STAGE numbers of scratch.
 
 For few rows: `few_product`, which reads b^T where it lies, rounding it on the way.
 """
@@ -25,18 +26,18 @@ dots_of = dots_word(dot)
 
 
 @compiled
-def block_product(amx, mode, m, n, k, a, b, c, ldc, r, ldr, stage):
+def block_product(amx, mode, m, n, k, a, lda, b, ldb, c, ldc, r, ldr, stage):
     """c from a (m, k) and b (k, n), both packed; between `units_open` and `units_close`."""
     width, pairs = words(k), (k + 1) // 2
     for j in range(0, n, SIDE):
-        strip = at(b, j * width)
+        strip = at(b, j * ldb)
         if amx:
             for i in range(0, m, SIDE):
-                amx_block(mode, m - i, n - j, width, at(a, i * width), width, strip,
+                amx_block(mode, m - i, n - j, width, at(a, i * lda), lda, strip,
                           at(c, i * ldc + j), ldc, at(r, i * ldr + j), ldr, stage)  # fmt: skip
         else:
             for i in range(0, m, TWO):
-                dot_tile(mode, m - i, n - j, pairs, at(a, i * width), width, 1, strip, SIDE,
+                dot_tile(mode, m - i, n - j, pairs, at(a, i * lda), lda, 1, strip, SIDE,
                          at(c, i * ldc + j), ldc, at(r, i * ldr + j), ldr)  # fmt: skip
 
 
