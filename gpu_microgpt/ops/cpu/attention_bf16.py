@@ -54,6 +54,7 @@ from .vector import (
 
 LANES = 16
 CHUNK = 256  # queries
+KEPT = CHUNK // 2 + 16  # words in a row of them: rows a power of two apart share cache lines
 
 
 @compiled
@@ -79,8 +80,7 @@ def _forward_head(amx, y, lse, q, rows, channels, n_head, scratch):
     a_v = at(a_k, up * depth)
     b_q = at(a_v, deep * words(rows))
     scores = at(b_q, SIDE * depth)
-    b_p = at(scores, up * SIDE)
-    y_t = at(b_p, words(rows) * SIDE)
+    y_t = at(scores, up * SIDE)
     statistics = at(y_t, deep * SIDE)
     pack_rows(at(q, channels), ld, rows, width, a_k)
     pack_columns(at(q, 2 * channels), ld, width, rows, a_v)
@@ -91,8 +91,8 @@ def _forward_head(amx, y, lse, q, rows, channels, n_head, scratch):
         block_product(amx, STORE, keys, SIDE, width, a_k, depth, b_q, depth, scores, SIDE, scores,
                       SIDE, scratch)  # fmt: skip
         for j in range(0, SIDE, LANES):
-            _exponentials(scores, b_p, start, keys, j, 1 / math.sqrt(width), statistics)
-        block_product(amx, STORE, width, SIDE, keys, a_v, words(rows), b_p, words(keys), y_t, SIDE,
+            _exponentials(scores, start, keys, j, 1 / math.sqrt(width), statistics)
+        block_product(amx, STORE, width, SIDE, keys, a_v, words(rows), scores, words(keys), y_t, SIDE,
                       y_t, SIDE, scratch)  # fmt: skip
         for j in range(0, SIDE, LANES):
             part = 1 / load(statistics, SIDE + j)
@@ -105,8 +105,9 @@ def _forward_head(amx, y, lse, q, rows, channels, n_head, scratch):
 
 
 @compiled
-def _exponentials(scores, b_p, start, keys, j, scale, statistics):
-    """The words e^T of 16 queries, from j on, from their scores; their largest scores and sums."""
+def _exponentials(scores, start, keys, j, scale, statistics):
+    """Scores of 16 queries, from j on, become the words e^T, which fill half their place; and their
+    largest scores and sums."""
     seen = start + j + 1  # keys from here on not all lanes see
     m = other = load(scores, j)
     for i in range(0, seen - 1, 2):  # two chains: one would wait for itself
@@ -122,14 +123,14 @@ def _exponentials(scores, b_p, start, keys, j, scale, statistics):
         first = vexp(fma(load(scores, i * SIDE + j), scale, -m))
         second = vexp(fma(load(scores, (i + 1) * SIDE + j), scale, -m))
         sums += first + second
-        store(b_p, i // 2 * SIDE + j, paired(first, second))
+        store(scores, i // 2 * SIDE + j, paired(first, second))
     for i in range(start, start + SIDE, 2):
         first = vexp(fma(load(scores, i * SIDE + j), scale, -m))
         second = vexp(fma(load(scores, (i + 1) * SIDE + j), scale, -m))
         first = keep_from(first, _hidden(i, start + j, keys), 0)
         second = keep_from(second, _hidden(i + 1, start + j, keys), 0)
         sums += first + second
-        store(b_p, i // 2 * SIDE + j, paired(first, second))
+        store(scores, i // 2 * SIDE + j, paired(first, second))
     store(statistics, j, m)
     store(statistics, SIDE + j, sums)
 
@@ -170,15 +171,15 @@ def attend_backward(amx, dqkv, dy, y, lse, qkv, offsets, channels, n_head, scrat
 def _backward_head(amx, dq, dy, y, lse, q, rows, channels, n_head, scratch):
     """One head of a sequence, CHUNK queries at a time."""
     ld, width, up = 3 * channels, channels // n_head, words(rows) * 2
-    depth, deep, pairs = words(width), words(width) * 2, words(CHUNK)
+    depth, deep = words(width), words(width) * 2
     a_k = at(scratch, STAGE)
     a_v = at(a_k, up * depth)
     a_kt = at(a_v, up * depth)
     b_q = at(a_kt, deep * words(rows))
-    b_dy = at(b_q, deep * pairs)
-    a_p = at(b_dy, deep * pairs)
-    a_ds = at(a_p, up * pairs)
-    rest = at(a_ds, up * pairs)
+    b_dy = at(b_q, deep * words(CHUNK))
+    a_p = at(b_dy, deep * words(CHUNK))
+    a_ds = at(a_p, up * KEPT)
+    rest = at(a_ds, up * KEPT)
     pack_rows(at(q, channels), ld, rows, width, a_k)
     pack_rows(at(q, 2 * channels), ld, rows, width, a_v)
     pack_columns(at(q, channels), ld, width, rows, a_kt)
@@ -195,12 +196,12 @@ def _backward_head(amx, dq, dy, y, lse, q, rows, channels, n_head, scratch):
         for key in range(0, chunk + count, SIDE):
             first = max(0, key - chunk)  # query of the chunk that sees any of these keys
             mode, more = STORE if key >= chunk else ADD, min(SIDE, chunk + count - key)
-            a, b, left = key * pairs + first // 2, first // 2 * SIDE, count - first
+            a, b, left = key * KEPT + first // 2, first // 2 * SIDE, count - first
             dk = at(dq, key * ld + channels)
             dv = at(dk, channels)
-            block_product(amx, mode, more, width, left, at(a_ds, a), pairs, at(b_q, b),
+            block_product(amx, mode, more, width, left, at(a_ds, a), KEPT, at(b_q, b),
                           words(count), dk, ld, dk, ld, scratch)  # fmt: skip
-            block_product(amx, mode, more, width, left, at(a_p, a), pairs, at(b_dy, b),
+            block_product(amx, mode, more, width, left, at(a_p, a), KEPT, at(b_dy, b),
                           words(count), dv, ld, dv, ld, scratch)  # fmt: skip
 
 
@@ -245,7 +246,6 @@ def _slopes(scores, slopes, start, keys, scale, statistics, a_p, a_ds, b_ds):
     """The words p^T and ds^T of a tile from s^T and dp^T; statistics: -lse, -scale sum of p dp."""
     low, high = load(statistics, 0), load(statistics, LANES)
     dot, dots = load(statistics, SIDE), load(statistics, SIDE + LANES)
-    pairs = words(CHUNK)
     for i in range(0, start + SIDE, 2):
         to, below = i * SIDE, (i + 1) * SIDE
         p0 = vexp(fma(load(scores, to), scale, low))
@@ -263,10 +263,10 @@ def _slopes(scores, slopes, start, keys, scale, statistics, a_p, a_ds, b_ds):
             p1, ds1 = keep_from(p1, n1, 0), keep_from(ds1, n1, 0)
             p2, ds2 = keep_from(p2, n2, 0), keep_from(ds2, n2, 0)
             p3, ds3 = keep_from(p3, n3, 0), keep_from(ds3, n3, 0)
-        store(a_p, i * pairs, joined(p0, p1))
-        store(a_p, (i + 1) * pairs, joined(p2, p3))
-        store(a_ds, i * pairs, joined(ds0, ds1))
-        store(a_ds, (i + 1) * pairs, joined(ds2, ds3))
+        store(a_p, i * KEPT, joined(p0, p1))
+        store(a_p, (i + 1) * KEPT, joined(p2, p3))
+        store(a_ds, i * KEPT, joined(ds0, ds1))
+        store(a_ds, (i + 1) * KEPT, joined(ds2, ds3))
         store(b_ds, i // 2 * SIDE, paired(ds0, ds2))
         store(b_ds, i // 2 * SIDE + LANES, paired(ds1, ds3))
 
@@ -328,7 +328,6 @@ def _fits(channels: int, n_head: int) -> bool:
 def _scratch(channels: int, n_head: int, longest: int) -> tuple[Shape, ...]:
     """That of the backward pass, in its order; the forward pass needs less."""
     up, deep = (-(-n // SIDE) * SIDE for n in (longest, channels // n_head))
-    pairs = CHUNK // 2
-    kept = up * deep + deep * up // 2 + 2 * deep * pairs + 2 * up * pairs
+    kept = up * deep + deep * up // 2 + deep * CHUNK + 2 * up * KEPT
     tile = SIDE * deep + 2 * up * SIDE + up // 2 * SIDE + deep * SIDE + 2 * SIDE
     return ((STAGE + kept + tile,),)
