@@ -202,8 +202,9 @@ class Config(Settings):
     device: CountOrZero = Field(default=0, description="which GPU, where there are several")
     dtype: Literal["auto", "fp32", "fp64", "tf32", "bf16"] = Field(
         default="auto",
-        description="precision of matrix products; numpy: fp32, fp64; cupy: bf16, tf32, fp32; "
-        "auto: bf16 on a GPU that has it, else fp32",
+        description="precision of matrix products; numpy: fp32, fp64, with compiled kernels also "
+        "bf16, where the CPU has it; cupy: bf16, tf32, fp32; auto: bf16 on a GPU that has it, "
+        "else fp32",
     )
     kernels: Literal["auto", "reference", "compiled"] = Field(
         default="auto", description="on the CPU: plain NumPy, or compiled by Numba; auto: if there"

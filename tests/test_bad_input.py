@@ -50,7 +50,8 @@ SETTINGS = [
     ("data.source=.", "cannot be read: Is a directory"),
     ("data.source=http://127.0.0.1:9/x.txt", "http://127.0.0.1:9/x.txt: cannot be reached"),
     ("sample.prompt=abc€", "got characters outside the vocabulary: '\\u20ac' (U+20AC)"),
-    ("backend=numpy dtype=bf16", "dtype: got bf16"),
+    ("backend=numpy dtype=tf32", "dtype: got tf32"),
+    ("kernels=reference dtype=bf16", "dtype: got bf16, which needs compiled kernels"),
     ("backend=torch", 'backend: got "torch", wanted auto|numpy|cupy'),
     ("rng=microgpt", "data.val_fraction: got 0.1 with rng \"microgpt\", wanted 0"),
     ("resume=no/such/run", "no folder no/such/run: a run's folder or a checkpoint in it is wanted"),
@@ -141,7 +142,7 @@ def test_settings_file(
         ("resume=auto data.source=OTHER", "got characters outside the vocabulary: 'Z' (U+005A)"),
         ("resume=auto sample.prompt=Z", "got characters outside the vocabulary: 'Z' (U+005A)"),
         ("resume=auto train.batch_size=1000000000", "memory: got a plan of "),
-        ("resume=auto dtype=bf16", "dtype: got bf16"),
+        ("resume=auto dtype=tf32", "dtype: got tf32"),
         ("resume=no/such", "no folder no/such"),
     ],
 )

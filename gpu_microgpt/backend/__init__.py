@@ -16,8 +16,6 @@ from .numpy import NumpyBackend
 
 __all__ = ["Backend", "choose"]
 
-GPU_DTYPES = ("bf16", "tf32")  # what numpy does not run
-
 
 class Backend(Protocol):
     """A device: its memory, its operations, what it is and what it can hold."""
@@ -90,9 +88,9 @@ class Backend(Protocol):
 def choose(config: Config) -> Backend:
     """Return the backend the config asks for.
 
-    auto is cupy where it can run, else numpy, which says why. A dtype that only GPUs run is asked
-    for on purpose: numpy does not take its place. Raises BackendError where backend or dtype
-    cannot run here, ConfigError where there is no such GPU.
+    auto is cupy where it can run, else numpy, which says why. tf32, which only GPUs run, is asked
+    for on purpose: numpy does not take its place; bf16 it runs where the CPU can. Raises
+    BackendError where backend or dtype cannot run here, ConfigError where there is no such GPU.
     """
     if config.backend == "numpy":
         return NumpyBackend(config.dtype, config.threads, "", config.kernels)
@@ -103,12 +101,17 @@ def choose(config: Config) -> Backend:
     try:
         return _cuda(config, "auto")
     except BackendError as failure:
-        if config.dtype in GPU_DTYPES:
+        if config.dtype == "tf32":
             raise BackendError(
-                f"dtype: got {config.dtype}, which only backend cupy runs, and it cannot: {failure}"
+                f"dtype: got tf32, which only backend cupy runs, and it cannot: {failure}"
             ) from None
         why = getattr(failure, "why", str(failure))
-        return NumpyBackend(config.dtype, config.threads, f"auto: {why}", config.kernels)
+        try:
+            return NumpyBackend(config.dtype, config.threads, f"auto: {why}", config.kernels)
+        except BackendError as refusal:
+            if config.dtype != "bf16":
+                raise
+            raise BackendError(f"{refusal}; and backend cupy cannot run: {failure}") from None
 
 
 def _cuda(config: Config, why: str = "") -> Backend:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from importlib.util import find_spec
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -20,7 +20,10 @@ from ..ops import Ops
 from ..ops.reference import ReferenceOps, workspace_bytes
 from ..types import Array
 
-DTYPES = {"auto": np.float32, "fp32": np.float32, "fp64": np.float64}
+if TYPE_CHECKING:
+    from ..ops.cpu import CompiledOps
+
+DTYPES = {"auto": np.float32, "fp32": np.float32, "fp64": np.float64, "bf16": np.float32}
 INSTALL = "pip install 'gpu-microgpt[fast]'"
 SHARD_FLOPS = 5e8  # a smaller step loses more to the threads' hand-over than it gains
 PIECE_ROWS = 1024  # worked on at a time: enough for BLAS, few enough for the cache
@@ -35,17 +38,21 @@ class NumpyBackend:
     def __init__(
         self, dtype: str = "auto", threads: int = 0, why: str = "", kernels: str = "reference"
     ) -> None:
-        """Take a dtype (auto, fp32, fp64), a number of threads (0 = every core), why it is this
-        backend, for `describe`, and whose operations compute: reference, compiled, or auto, which
-        is compiled where Numba is installed.
+        """Take a dtype (auto, fp32, fp64, bf16), a number of threads (0 = every core), why it is
+        this backend, for `describe`, and whose operations compute: reference, compiled, or auto,
+        which is compiled where Numba is installed.
 
-        Raises BackendError for the dtypes only GPUs run, and for compiled without Numba.
+        Raises BackendError for the dtype only GPUs run, for compiled without Numba, and for bf16
+        without compiled operations or on a CPU that has no such products.
         """
         if dtype not in DTYPES:
-            raise BackendError(f"dtype: got {dtype}; backend numpy runs fp32 or fp64 (auto = fp32)")
+            raise BackendError(
+                f"dtype: got {dtype}; backend numpy runs fp32, fp64 or bf16 (auto = fp32)"
+            )
         self.dtype = self.master = np.dtype(DTYPES[dtype])
         self.threads = threads or _usable_cores()
         self.compiled = _compiles(kernels)
+        self._unit = _bf16_unit(kernels, self.compiled) if dtype == "bf16" else ""
         self._hint = "" if self.compiled or kernels == "reference" else f"; {INSTALL} compiles them"
         self._why = f" ({why})" if why else ""
         self._controller = ThreadpoolController()
@@ -60,9 +67,12 @@ class NumpyBackend:
         pinned = os.environ.get("OPENBLAS_CORETYPE")
         note = f", OPENBLAS_CORETYPE={pinned} is set" if pinned else ""
         kernels = "compiled" if self.compiled else "plain NumPy"
+        precision = self.dtype.name
+        if self._unit:
+            precision = f"bfloat16 products ({self._unit}), sums in float32"
         return (
             f"numpy {np.__version__} ({', '.join(sorted(names)) or 'no BLAS found'}{note}), "
-            f"{self.dtype.name}, {self.threads} thread{'s' * (self.threads != 1)}, "
+            f"{precision}, {self.threads} thread{'s' * (self.threads != 1)}, "
             f"kernels: {kernels}{self._hint}{self._why}"
         )
 
@@ -101,9 +111,7 @@ class NumpyBackend:
         """The reference operations, or the compiled ones."""
         if not self.compiled:
             return ReferenceOps(np, workspace)
-        from ..ops.cpu import CompiledOps
-
-        return CompiledOps(np, workspace, self.dtype)
+        return self._kind()(np, workspace, self.dtype)
 
     def workspace_bytes(self, dims: Dims, rows: int, sequences: int = 0) -> int:
         """Scratch for batches of up to `rows` positions."""
@@ -111,7 +119,15 @@ class NumpyBackend:
             return workspace_bytes(dims, rows, self.dtype.itemsize)
         from ..ops import cpu
 
-        return cpu.workspace_bytes(dims, rows, self.dtype.itemsize)
+        return cpu.workspace_bytes(dims, rows, self.dtype.itemsize, self._kind())
+
+    def _kind(self) -> type[CompiledOps]:
+        """Which of the compiled operations."""
+        from ..ops import cpu
+
+        if not self._unit:
+            return cpu.CompiledOps
+        return cpu.AmxOps if self._unit == cpu.AMX_UNIT else cpu.DotOps
 
     def pad_vocab(self, vocab_size: int) -> int:
         """No padding: BLAS takes any width."""
@@ -179,6 +195,22 @@ def _compiles(kernels: str) -> bool:
     if not found and kernels == "compiled":
         raise BackendError(f"kernels: got compiled, but Numba is not installed: {INSTALL}")
     return found
+
+
+def _bf16_unit(kernels: str, compiled: bool) -> str:
+    """What computes bfloat16 products here."""
+    if not compiled:
+        way = "kernels=compiled" if kernels == "reference" else INSTALL
+        raise BackendError(f"dtype: got bf16, which needs compiled kernels: {way}, or dtype=fp32")
+    from ..ops import cpu
+
+    unit = cpu.bf16_unit()
+    if not unit:
+        raise BackendError(
+            "dtype: got bf16, wanted a CPU with AMX or AVX512_BF16, which this one has not: "
+            "dtype=fp32"
+        )
+    return unit
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any, make: Callable[..., Array]) -> Array:

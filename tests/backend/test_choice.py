@@ -65,7 +65,7 @@ def test_numpy_is_numpy(fake):
     assert not fake.log
     assert "(auto: fp64 is for numpy)" in choose(config("dtype=fp64")).describe()
     assert "auto" not in choose(config("backend=numpy")).describe()
-    assert refusal("backend=numpy", "dtype=bf16").startswith("dtype: got bf16; backend numpy runs")
+    assert refusal("backend=numpy", "dtype=tf32").startswith("dtype: got tf32; backend numpy runs")
 
 
 def broken(monkeypatch, fake, how: str) -> None:
@@ -135,9 +135,12 @@ def test_what_is_missing_is_one_line(monkeypatch, fake, how):
     backend = choose(config())
     assert backend.name == "numpy"
     assert f" (auto: {why}" in backend.describe()
-    for dtype in ("bf16", "tf32"):
-        line = refusal(f"dtype={dtype}")
-        assert line.startswith(f"dtype: got {dtype}, which only backend cupy runs, and it cannot: ")
+    for dtype, says in (
+        ("tf32", "dtype: got tf32, which only backend cupy runs, and it cannot: "),
+        ("bf16 kernels=reference", "dtype: got bf16, which needs compiled kernels: "),
+    ):
+        line = refusal(*f"dtype={dtype}".split())
+        assert line.startswith(says)
         assert why in line
         assert remedy in line
 
@@ -163,7 +166,7 @@ def test_models_and_dtypes_it_does_not_run(fake):
     )
     assert refusal("backend=cupy", *odd) == f"{line}; or backend=numpy"
     assert f"(auto: {line}" in choose(config(*odd)).describe()
-    assert line in refusal("dtype=bf16", *odd)
+    assert line in refusal("dtype=tf32", *odd)
     assert refusal("backend=cupy", "dtype=fp64").startswith("dtype: got fp64; backend cupy runs")
     fake.properties |= {"major": 7, "minor": 5}
     assert refusal("backend=cupy", "dtype=bf16") == (

@@ -1,18 +1,22 @@
 """The operations compiled for the CPU with Numba; `vector.py` is the language they are written in.
 
 Same names, signatures and results as `reference/`, which is the definition; float32 and float64.
+With `AmxOps` and `DotOps` operands of products are rounded to bfloat16 first; all else is float32.
 """
 
 from __future__ import annotations
 
 from ...arena import array_bytes
 from ...dims import Dims
+from . import attention_bf16
 from .adamw import adamw, clip_scale, global_norm
+from .amx import AMX_UNIT, bf16_unit
 from .attention import attention, attention_backward, attention_scratch
 from .attention_decode import attention_decode, cache_kv, decode_scratch
+from .bf16_linear import bf16_scratch
 from .cross_entropy import add_losses, cross_entropy, cross_entropy_backward
 from .embedding import embedding, embedding_backward
-from .instructions import Instructions
+from .instructions import AMX, DOTS, FULL, Instructions
 from .linear import (
     linear,
     linear_add,
@@ -33,11 +37,17 @@ from .rmsnorm import (
 from .sample import sample, sample_philox, sample_scratch
 from .softmax import softmax, softmax_backward
 
+__all__ = ["AMX_UNIT", "AmxOps", "CompiledOps", "DotOps", "bf16_unit", "workspace_bytes"]
+
 
 class CompiledOps(Instructions):
     """All operations as methods over one workspace."""
 
+    unit = FULL
+    linear_scratch = staticmethod(linear_scratch)
+    attention_scratch = staticmethod(attention_scratch)
     _play = staticmethod(play)
+
     embedding = embedding
     embedding_backward = embedding_backward
     rmsnorm = rmsnorm
@@ -68,14 +78,37 @@ class CompiledOps(Instructions):
     sample_philox = sample_philox
 
 
-def workspace_bytes(dims: Dims, rows: int, itemsize: int) -> int:
+class NarrowOps(CompiledOps):
+    """The same with operands of products rounded to bfloat16; made as one of the following."""
+
+    linear_scratch = staticmethod(bf16_scratch)
+    attention = attention_bf16.attention
+    attention_backward = attention_bf16.attention_backward
+    attention_scratch = staticmethod(attention_bf16.attention_scratch)
+
+
+class AmxOps(NarrowOps):
+    """Multiplied by AMX."""
+
+    unit = AMX
+
+
+class DotOps(NarrowOps):
+    """Multiplied by AVX512_BF16."""
+
+    unit = DOTS
+
+
+def workspace_bytes(
+    dims: Dims, rows: int, itemsize: int, kind: type[CompiledOps] = CompiledOps
+) -> int:
     """Scratch that the greediest operation wants, for batches of up to `rows` positions."""
     c, v, t = dims.n_embd, dims.vocab_size, dims.block_size
     return max(
         sum(array_bytes(shape, itemsize) for shape in shapes)
         for shapes in (
-            linear_scratch(max(4 * c, v), 4 * c, itemsize),
-            attention_scratch(rows, c, dims.n_head, t),
+            kind.linear_scratch(max(4 * c, v), 4 * c, itemsize),
+            kind.attention_scratch(rows, c, dims.n_head, t),
             decode_scratch(t),
             sample_scratch(v),
         )

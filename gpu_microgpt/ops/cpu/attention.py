@@ -26,7 +26,7 @@ from ...data.batch import Layout
 from ...types import Array
 from .code import VECTOR_BYTES
 from .compile import compiled
-from .instructions import ATTENTION, ATTENTION_BACKWARD, Instructions
+from .instructions import ATTENTION, ATTENTION_BACKWARD, FULL, Instructions
 from .tile import (
     ADD,
     STORE,
@@ -52,7 +52,7 @@ def attention(
     channels, size = y.shape[1], len(layout.offsets) - 1
     (scratch,) = self.scratch(y.dtype, *_scratch(channels, n_head, layout.longest))
     sizes = (channels, n_head)
-    self.do(ATTENTION, len(y), y, lse, qkv, layout.offsets, *sizes, scratch, sequences=size)
+    self.do(ATTENTION, len(y), y, lse, qkv, layout.offsets, *sizes, scratch, FULL, sequences=size)
 
 
 def attention_backward(
@@ -67,7 +67,7 @@ def attention_backward(
     channels, size = dy.shape[1], len(layout.offsets) - 1
     (scratch,) = self.scratch(dy.dtype, *_scratch(channels, n_head, layout.longest))
     arrays = (dqkv, dy, lse, qkv, layout.offsets)
-    self.do(ATTENTION_BACKWARD, len(dy), *arrays, channels, n_head, scratch, sequences=size)
+    self.do(ATTENTION_BACKWARD, len(dy), *arrays, channels, n_head, scratch, FULL, sequences=size)
 
 
 def attention_scratch(rows: int, channels: int, n_head: int, block_size: int) -> tuple[Shape, ...]:

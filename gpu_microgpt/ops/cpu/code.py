@@ -24,12 +24,16 @@ I1, I32, I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
 BITS = {types.float32: 32, types.float64: 64}
 
 
-def _machine() -> tuple[int, int, bool]:
-    """What Numba compiles for: bytes in a vector register, how many there are, whether with FMA."""
+def _features() -> frozenset[str]:
+    """Of the CPU that Numba compiles for, as LLVM names them: +avx512f, -amx-tile."""
     features = numba.config.CPU_FEATURES
     if features is None:
         features = llvm.get_host_cpu_features().flatten()
-    has = features.split(",")
+    return frozenset(features.split(","))
+
+
+def _machine(has: frozenset[str]) -> tuple[int, int, bool]:
+    """Bytes in a vector register, how many there are, whether with FMA."""
     if "+avx512f" in has:
         return 64, 32, True
     if "+avx" in has:
@@ -38,7 +42,8 @@ def _machine() -> tuple[int, int, bool]:
     return 16, 32 if neon else 16, neon
 
 
-VECTOR_BYTES, REGISTERS, HAS_FMA = _machine()
+FEATURES = _features()
+VECTOR_BYTES, REGISTERS, HAS_FMA = _machine(FEATURES)
 
 
 class Vec(types.Type):  # type: ignore[misc]

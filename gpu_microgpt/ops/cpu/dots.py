@@ -10,6 +10,9 @@ a vector, over l; the vectors of a group are added up together, each into its ow
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from llvmlite import ir
 
 from .code import I64, Code, places, word
@@ -17,12 +20,25 @@ from .compile import compiled
 from .tile import ADD, KEEP, RELU
 from .vector import at, keep, lanes, load_some, merged, store_some, vmax
 
+Step = Callable[[Code, ir.Value, ir.Value, ir.Value], ir.Value]
 
-@word(places("v", "aaiii"))
+
+def dots_word(step: Step) -> Any:
+    """The word for the dot products of one row with many; `step` adds a vector's products."""
+
+    @word(places("v", "aaiii"))
+    def dots(
+        code: Code, a: ir.Value, bt: ir.Value, ldb: ir.Value, n: ir.Value, k: ir.Value
+    ) -> ir.Value:
+        """Lane j: a (k,) times row j of bt, for j < n; rows past the last repeat it."""
+        return _dots(code, a, bt, ldb, n, k, step)
+
+    return dots
+
+
 def _dots(
-    code: Code, a: ir.Value, bt: ir.Value, ldb: ir.Value, n: ir.Value, k: ir.Value
+    code: Code, a: ir.Value, bt: ir.Value, ldb: ir.Value, n: ir.Value, k: ir.Value, add: Step
 ) -> ir.Value:
-    """Lane j: a (k,) times row j of bt, for j < n; rows past the last repeat it."""
     build = code.builder
     last = build.sub(n, I64(1))
     rows = []
@@ -41,7 +57,7 @@ def _dots(
 
     build.position_at_end(step)
     x = code.load(a, at_l)
-    new = [code.fma(x, code.load(row, at_l), s) for row, s in zip(rows, sums, strict=True)]
+    new = [add(code, x, code.load(row, at_l), s) for row, s in zip(rows, sums, strict=True)]
     at_l.add_incoming(I64(0), before)
     at_l.add_incoming(build.add(at_l, I64(code.lanes)), step)
     for s, value in zip(sums, new, strict=True):
@@ -55,7 +71,7 @@ def _dots(
     mask = code.below(build.sub(k, whole))
     x = code.load_masked(a, whole, mask, zero)
     last_terms = [code.load_masked(row, whole, mask, zero) for row in rows]
-    with_rest = [code.fma(x, term, s) for term, s in zip(last_terms, sums, strict=True)]
+    with_rest = [add(code, x, term, s) for term, s in zip(last_terms, sums, strict=True)]
     build.branch(done)
 
     build.position_at_end(done)
@@ -66,16 +82,25 @@ def _dots(
     return merged(code, totals)
 
 
+_dots_of = dots_word(Code.fma)
+
+
+@compiled
+def finished(mode, s, r, i, n):
+    """What becomes of sums s, one vector, of which n are there; r's numbers stand at r[i]."""
+    if mode == ADD:
+        return s + load_some(r, i, n, 0)
+    if mode == RELU:
+        return vmax(0, s)
+    if mode == KEEP:
+        return keep(s, load_some(r, i, n, 0))
+    return s
+
+
 @compiled
 def product_of_few(mode, m, n, k, a, bt, c, r):
     """c (m, n) from a (m, k) and bt (n, k): see above."""
     for j in range(0, n, lanes(c)):
         for i in range(m):
-            s = _dots(at(a, i * k), at(bt, j * k), k, n - j, k)
-            if mode == ADD:
-                s += load_some(r, i * n + j, n - j, 0)
-            elif mode == RELU:
-                s = vmax(0, s)
-            elif mode == KEEP:
-                s = keep(s, load_some(r, i * n + j, n - j, 0))
-            store_some(c, i * n + j, s, n - j)
+            s = _dots_of(at(a, i * k), at(bt, j * k), k, n - j, k)
+            store_some(c, i * n + j, finished(mode, s, r, i * n + j, n - j), n - j)

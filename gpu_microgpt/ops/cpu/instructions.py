@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ...arena import Shape
 from ...types import Array
 from ..reference.context import Context
 
@@ -31,6 +32,7 @@ WIDTH = 16  # numbers of an instruction: which operation, and up to 15 of its ow
     ATTENTION_DECODE, SOFTMAX, SOFTMAX_BACKWARD, CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD, ADD_LOSSES,
     GLOBAL_NORM, CLIP_SCALE, ADAMW, SAMPLE,
 ) = range(23)  # fmt: skip
+FULL, DOTS, AMX = range(3)  # what multiplies: as tile.py does, or bfloat16 on one of two units
 
 
 class Program:
@@ -54,6 +56,9 @@ class Program:
 class Instructions(Context):
     """What the compiled operations are methods of."""
 
+    unit: int  # FULL, DOTS or AMX
+    linear_scratch: Callable[[int, int, int], tuple[Shape, ...]]
+    attention_scratch: Callable[[int, int, int, int], tuple[Shape, ...]]
     _play: Callable[..., None]  # play.play, which knows what every instruction does
 
     def __init__(self, xp: Any, workspace: Array, dtype: Any) -> None:

@@ -122,16 +122,17 @@ def relu_linear_backward(
 
 def _multiply(self: Instructions, mode: int, y: Array, x: Array, w: Array, r: Array) -> None:
     outputs, inputs = w.shape
-    panel, _ = self.scratch(w.dtype, *linear_scratch(outputs, inputs, w.itemsize))
-    self.do(MULTIPLY, len(x), y, x, w, r, panel, mode, outputs, inputs)
+    panel, _ = self.scratch(w.dtype, *self.linear_scratch(outputs, inputs, w.itemsize))
+    self.do(MULTIPLY, len(x), y, x, w, r, panel, mode, outputs, inputs, self.unit)
 
 
 def _gradients(
     self: Instructions, mode: int, dx: Array, dw: Array, dy: Array, x: Array, w: Array, add: bool
 ) -> None:
     outputs, inputs = w.shape
-    scratch = self.scratch(w.dtype, *linear_scratch(outputs, inputs, w.itemsize))
-    self.do(GRADIENTS, len(x), dx, dw, dy, x, w, *scratch, mode, outputs, inputs, add)
+    scratch = self.scratch(w.dtype, *self.linear_scratch(outputs, inputs, w.itemsize))
+    sizes = (outputs, inputs)
+    self.do(GRADIENTS, len(x), dx, dw, dy, x, w, *scratch, mode, *sizes, add, self.unit)
 
 
 @cache

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from numba import types
+from numba.extending import overload
+
+from . import attention_bf16, bf16_linear
 from .adamw import adamw_flat, clip, norm_of
+from .amx import bf16_unit
 from .attention import attend, attend_backward
 from .attention_decode import decode, keep_kv
-from .compile import compiled
+from .compile import OPTIONS, compiled
 from .cross_entropy import cross_entropy_backward_rows, cross_entropy_rows
 from .embedding import embedding_backward_tables, embedding_rows
 from .instructions import (
@@ -24,6 +29,7 @@ from .instructions import (
     EMBEDDING,
     EMBEDDING_BACKWARD,
     EMBEDDING_RMSNORM,
+    FULL,
     GLOBAL_NORM,
     GRADIENTS,
     MULTIPLY,
@@ -95,7 +101,9 @@ def _products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
     """Matrix products, the relu between them, attention."""
     p, q, r = place(like, a[1]), place(like, a[2]), place(like, a[3])
     s, t, u = place(like, a[4]), place(like, a[5]), place(like, a[6])
-    if a[0] == MULTIPLY:
+    if _unit(a) != FULL:
+        _narrow_products(like, a, rows, sequences)
+    elif a[0] == MULTIPLY:
         multiply(a[6], rows, a[7], a[8], p, q, r, s, t)
     elif a[0] == GRADIENTS:
         panel, block = u, place(like, a[7])
@@ -113,6 +121,52 @@ def _products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
         keep_kv(p, q, r, owners, positions, rows, a[6], a[7], a[8])
     elif a[0] == ATTENTION_DECODE:
         decode(p, q, r, s, ints(a[5]), u, rows, a[7], a[8], a[9])
+
+
+@compiled
+def _unit(a: Any) -> Any:
+    """What multiplies: FULL, or a unit of bfloat16."""
+    if a[0] == MULTIPLY:
+        return a[9]
+    if a[0] == GRADIENTS:
+        return a[12]
+    if a[0] == ATTENTION:
+        return a[8]
+    return a[9] if a[0] == ATTENTION_BACKWARD else FULL
+
+
+def _narrow_products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
+    """Products of bfloat16: nothing where there are none, or for other floats than float32."""
+
+
+@overload(_narrow_products, jit_options=OPTIONS, strict=False)
+def _choose_narrow_products(like: Any, a: Any, rows: Any, sequences: Any) -> Any:
+    if like.dtype == types.float32 and bf16_unit():
+        return lambda like, a, rows, sequences: _bf16_products(like, a, rows, sequences)
+    return lambda like, a, rows, sequences: None
+
+
+@compiled
+def _bf16_products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
+    """As `_products`, on the instruction's unit."""
+    p, q, r = place(like, a[1]), place(like, a[2]), place(like, a[3])
+    s, t, u = place(like, a[4]), place(like, a[5]), place(like, a[6])
+    if a[0] == MULTIPLY:
+        bf16_linear.multiply(a[9], a[6], rows, a[7], a[8], p, q, r, s, t)
+    elif a[0] == GRADIENTS:
+        panel, block = u, place(like, a[7])
+        bf16_linear.gradients(
+            a[12], a[8], rows, a[9], a[10], p, q, r, s, t, a[11], panel, block
+        )  # fmt: skip
+    elif a[0] == ATTENTION:
+        attention_bf16.attend(
+            a[8], p, q, r, ints(a[4]), sequences, a[5], a[6], place(like, a[7])
+        )  # fmt: skip
+    elif a[0] == ATTENTION_BACKWARD:
+        y, scratch = place(like, a[10]), place(like, a[8])
+        attention_bf16.attend_backward(
+            a[9], p, q, y, r, s, ints(a[5]), sequences, a[6], a[7], scratch
+        )  # fmt: skip
 
 
 @compiled

@@ -28,6 +28,7 @@ For few rows of a (generation) dots.py has another form.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -48,8 +49,12 @@ STORE, ADD, RELU, KEEP = range(4)
 STRIP = 4 if REGISTERS == 32 else 2  # vectors of a strip of b
 
 
-def _tile(rows: int, vectors: int) -> Any:
-    """The word for a tile of rows x vectors: m and n say how much of it there is."""
+Step = Callable[[Code, ir.Value, ir.Value, ir.Value], ir.Value]
+
+
+def tile_word(rows: int, vectors: int, add: Step = Code.fma) -> Any:
+    """The word for a tile of rows x vectors: m and n say how much of it there is. `add` makes of a,
+    b and a sum the sum with their product in it."""
 
     @word(places("-", "iiiiaiiaiaiai"))
     def tile(
@@ -64,7 +69,7 @@ def _tile(rows: int, vectors: int) -> Any:
             there = build.icmp_signed("<", I64(i), last)
             row = build.select(there, I64(i), last)
             starts.append(code.at(a, build.mul(row, as0)))
-        sums = _sums(code, starts, as1, b, ldb, k, vectors)
+        sums = _sums(code, starts, as1, b, ldb, k, vectors, add)
         tall = build.icmp_signed(">=", m, I64(rows))
         wide = build.icmp_signed(">=", n, I64(vectors * code.lanes))
         ends = [[code.at(x, build.mul(ld, I64(i))) for i in range(rows)]
@@ -83,7 +88,7 @@ Sums = list[list[ir.Value]]
 
 def _sums(
     code: Code, starts: list[ir.Value], as1: ir.Value, b: ir.Value, ldb: ir.Value, k: ir.Value,
-    vectors: int,
+    vectors: int, add: Step,
 ) -> Sums:  # fmt: skip
     """The loop over l: sums[i][j] += a[i, l] b[l, j]."""
     build = code.builder
@@ -96,7 +101,7 @@ def _sums(
     new = []
     for start, row in zip(starts, sums, strict=True):
         x = code.splat(build.load(code.at(start, to_a), typ=code.scalar))
-        new.append([code.fma(x, p, s) for p, s in zip(panel, row, strict=True)])
+        new.append([add(code, x, p, s) for p, s in zip(panel, row, strict=True)])
     for phi, by in ((step, I64(1)), (to_a, as1), (to_b, ldb)):
         phi.add_incoming(I64(0), before)
         phi.add_incoming(build.add(phi, by), loop)
@@ -156,7 +161,9 @@ def _finish_edge(
 
 
 TWO = 12 if REGISTERS == 32 else 6  # rows of a tile two vectors wide
-tile_1, tile_2, tile_3, tile_4 = _tile(8, 1), _tile(TWO, 2), _tile(8, 3), _tile(6, 4)
+tile_1, tile_2, tile_3, tile_4 = (
+    tile_word(8, 1), tile_word(TWO, 2), tile_word(8, 3), tile_word(6, 4)
+)  # fmt: skip
 
 
 @compiled

@@ -1,0 +1,70 @@
+"""Products of operands packed as bf16.py says: by AMX, or where `unit` is DOTS by AVX512_BF16.
+
+    block_product(unit, mode, m, n, k, a, lda, b, ldb, c, ldc, r, ldr, stage)
+
+Rows of a lie `lda` words apart, strips of b `ldb` rows; c (m, n) in float32, rows `ldc` apart, r
+(m, n) likewise; the modes are tile.py's. Sums stay in registers over all of k: blocks of 32 x 32 in
+AMX's, or tiles of 12 x 32 in vectors, with tile.py's loop, in which a word of a meets a vector of
+words of b. A strip of b stays in the L1 cache while the rows of a pass by. Nothing outside c is
+written; stage: STAGE numbers of scratch.
+
+For few rows: `few_product`, which reads b^T where it lies, rounding it on the way.
+"""
+
+from __future__ import annotations
+
+from .amx import amx_block, tiles_close, tiles_open
+from .bf16 import SIDE, dot, pack_rows, words
+from .compile import compiled
+from .dots import dots_word, finished
+from .instructions import AMX
+from .tile import TWO, tile_word
+from .vector import at, lanes, store_some
+
+STAGE = SIDE * SIDE
+dot_tile = tile_word(TWO, 2, dot)
+dots_of = dots_word(dot)
+
+
+@compiled
+def block_product(unit, mode, m, n, k, a, lda, b, ldb, c, ldc, r, ldr, stage):
+    """c from a (m, k) and b (k, n), both packed; between `units_open` and `units_close`."""
+    width, pairs = words(k), (k + 1) // 2
+    for j in range(0, n, SIDE):
+        strip = at(b, j * ldb)
+        if unit == AMX:
+            for i in range(0, m, SIDE):
+                amx_block(mode, m - i, n - j, width, at(a, i * lda), lda, strip,
+                          at(c, i * ldc + j), ldc, at(r, i * ldr + j), ldr, stage)  # fmt: skip
+        else:
+            for i in range(0, m, TWO):
+                dot_tile(mode, m - i, n - j, pairs, at(a, i * lda), lda, 1, strip, SIDE,
+                         at(c, i * ldc + j), ldc, at(r, i * ldr + j), ldr)  # fmt: skip
+
+
+@compiled
+def units_open(unit, stage):
+    """Before the first product of a call: AMX's registers belong to the thread."""
+    if unit == AMX:
+        tiles_open(stage)
+
+
+@compiled
+def units_close(unit, stage):
+    """After the last."""
+    if unit == AMX:
+        tiles_close(stage)
+
+
+@compiled
+def few_product(mode, m, n, k, a, bt, c, r, panel):
+    """c (m, n) from a (m, k) and bt (n, k), rows end to end; panel: m + 16 rows of words."""
+    width = words(k)
+    group = at(panel, m * width)
+    pack_rows(a, k, m, k, panel)
+    for j in range(0, n, lanes(c)):
+        count = min(lanes(c), n - j)
+        pack_rows(at(bt, j * k), k, count, k, group)
+        for i in range(m):
+            s = dots_of(at(panel, i * width), group, width, count, width)
+            store_some(c, i * n + j, finished(mode, s, r, i * n + j, count), count)
