@@ -280,6 +280,19 @@ def test_help_loads_no_heavy_module() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_run_loads_only_what_it_needs(tmp_path: Path) -> None:
+    """Not what fetches texts, draws pictures or curves: it would be waited for at every start."""
+    code = (
+        "import sys; from gpu_microgpt.cli import main;"
+        "code = main(['train', *sys.argv[1:]]);"
+        "early = {'requests', 'PIL', 'matplotlib', 'cupy'} & set(sys.modules);"
+        "sys.exit(str(early) if early else code)"
+    )
+    overrides = ["data.source=stdlib-words", "train.steps=1", f"run.dir={tmp_path}"]
+    done = python("-c", code, "names", *overrides, "backend=numpy")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_reader_that_leaves_ends_it_quietly() -> None:
     code = (
         "import sys; from gpu_microgpt import cli;"
