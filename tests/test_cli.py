@@ -263,7 +263,7 @@ def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["train", "generate", "evaluate", "prepare", "plot"])
+@pytest.mark.parametrize("name", ["train", "generate", "evaluate", "prepare", "plot", "doctor"])
 def test_scripts_run_their_command(name: str) -> None:
     done = python(f"scripts/{name}.py", "--help", env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
