@@ -123,7 +123,7 @@ class Doctor:
         if trial is NAMES and outcome.kernels == "compiled":
             after = find_compiled()
             if found.compiled is not None and after is not None:
-                yield judge_compilation(outcome, after.kept - found.compiled.kept)
+                yield judge_compilation(outcome, found.compiled, after)
         yield judge_speed(trial, outcome, found)
         yield judge_losses(trial, outcome)
 
@@ -196,12 +196,14 @@ def judge_compiled(compiled: Compiled | None) -> Iterator[Finding]:
         yield Finding(OK, "cache", compiled.folder)
 
 
-def judge_compilation(outcome: Outcome, added: int) -> Finding:
-    """Whether kernels had to be compiled; `added`: files of machine code that are new."""
-    seconds = f"{outcome.warm_up:.1f} s"
-    if added > 0:
-        return Finding(OK, "compilation", f"{added} kernels compiled just now, once: {seconds}")
-    return Finding(OK, "compilation", f"kernels loaded from the cache, first steps done: {seconds}")
+def judge_compilation(outcome: Outcome, before: Compiled, after: Compiled) -> Finding:
+    """Whether kernels had to be compiled for the first steps, by what the cache has since."""
+    seconds = f"first steps done in {outcome.warm_up:.1f} s"
+    if before.unwritable:
+        return Finding(NOTE, "compilation", f"kernels compiled, as at every start: {seconds}")
+    if added := after.kept - before.kept:
+        return Finding(OK, "compilation", f"{added} kernels compiled, once: {seconds}")
+    return Finding(OK, "compilation", f"kernels loaded from the cache: {seconds}")
 
 
 def judge_gpu(gpu: str, missing: str, backend: str) -> Iterator[Finding]:
@@ -221,7 +223,7 @@ def expected_ms(trial: Trial, outcome: Outcome, blas: Blas, unpinned: Blas | Non
     if share is None or not blas.library or outcome.dtype != "float32":
         return None
     best = unpinned if unpinned is not None and outcome.kernels == "compiled" else blas
-    rate = best.all_threads if trial.all_cores else best.one_thread
+    rate = max(best.all_threads, best.one_thread) if trial.all_cores else best.one_thread
     return outcome.flops / (share * rate) / 1e6
 
 

@@ -27,7 +27,7 @@ from .params import Weights, initial_weights
 from .rng import Stream, normal, uniform
 
 WORDS, SYLLABLES = 4_000, 5
-PATIENCE = 6.0  # seconds, after which a trial ends early
+PATIENCE = 6.0  # seconds after the first log interval, from when on a trial ends early
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def run_trial(trial: Trial, overrides: Sequence[str] = ()) -> Outcome:
                 loss, _, count = records[step % engine.ring].tolist()
                 losses[step] = loss
                 targets += count
-            if sum(seconds) * engine.ring > PATIENCE:
+            if sum(seconds[1:]) * engine.ring >= PATIENCE:
                 break
     done = len(losses)
     length = targets / done / config.train.batch_size

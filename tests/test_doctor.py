@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,8 +106,18 @@ def test_kernels() -> None:
     [finding] = doctor.judge_compiled(None)
     assert finding.mark == "note"
     assert "pip install 'gpu-microgpt[fast]'" in finding.text
-    assert "12 kernels compiled just now" in doctor.judge_compilation(OUTCOME, 12).text
-    assert "from the cache" in doctor.judge_compilation(OUTCOME, 0).text
+
+
+def test_compilation() -> None:
+    grown = replace(COMPILED, kept=COMPILED.kept + 12)
+    for before, after, mark, text in (
+        (COMPILED, grown, "ok", "12 kernels compiled, once: first steps done in 0.3 s"),
+        (COMPILED, COMPILED, "ok", "loaded from the cache"),
+        (replace(COMPILED, unwritable="no"), COMPILED, "note", "as at every start"),
+    ):
+        finding = doctor.judge_compilation(OUTCOME, before, after)
+        assert finding.mark == mark
+        assert text in finding.text
 
 
 def test_no_gpu_is_wrong_only_where_one_is_asked_for() -> None:
@@ -244,6 +255,16 @@ def test_operations_a_little_wrong_are_noticed(
     monkeypatch.setattr(ReferenceOps, operation, wrong)
     outcome = run_trial(NAMES, ["backend=numpy", "kernels=reference"])
     assert doctor.judge_losses(NAMES, outcome).mark == "wrong"
+
+
+def test_compiling_takes_nothing_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first log interval is as long as it is; the step's time is that of those after it."""
+    ticks = iter([0.0, 100.0, *(100.0 + i for i in range(40))])
+    monkeypatch.setattr(doctor_trials, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    outcome = run_trial(NAMES, ["backend=numpy", "kernels=reference"])
+    assert outcome.warm_up == pytest.approx(100.0)
+    assert outcome.steps == 350  # six turns of a second each
+    assert outcome.milliseconds == pytest.approx(1e3 / 50)
 
 
 def test_the_text_is_always_the_same() -> None:
