@@ -10,6 +10,8 @@ from typing import NoReturn
 
 from .errors import UserError
 
+BACKENDS = ("auto", "numpy", "cupy")
+
 
 class Parser(argparse.ArgumentParser):
     """Mistakes in one line, like all others."""
@@ -39,13 +41,14 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         default="best",
         help="of a run: the one with the lowest held-out loss, or the last (best)",
     )
-    for flag, choices in (
-        ("--backend", ("auto", "numpy", "cupy")),
-        ("--dtype", ("auto", "fp32", "fp64", "tf32", "bf16")),
-    ):
-        parser.add_argument(
-            flag, choices=choices, default="auto", help="as in a settings file (auto)"
-        )
+    add_setting(parser, "--backend", BACKENDS)
+    add_setting(parser, "--dtype", ("auto", "fp32", "fp64", "tf32", "bf16"))
+
+
+def add_setting(parser: argparse.ArgumentParser, flag: str, choices: Sequence[str]) -> None:
+    """A setting that has words as its values, the first of which is the default."""
+    meaning = f"as in a settings file ({choices[0]})"
+    parser.add_argument(flag, choices=choices, default=choices[0], help=meaning)
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:

@@ -1,13 +1,14 @@
-"""The command line: `gpu-microgpt train|generate|evaluate|prepare|plot|bench`.
+"""The command line: `gpu-microgpt train|generate|evaluate|prepare|plot|bench|doctor`.
 
-Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 and 143 interrupted, 141
-nobody reads the output any more.
+Exit codes: 0 done, 1 doctor found something wrong, 2 a mistake of the user's (one line on stderr),
+130 and 143 interrupted, 141 nobody reads the output any more.
 Heavy modules are imported where they are used, so that help and errors come at once.
 """
 
 from __future__ import annotations
 
 import difflib
+import gc
 import io
 import json
 import math
@@ -15,10 +16,19 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .arguments import add_checkpoint, add_prompt, add_sampling, number, parser_for
+from .arguments import (
+    BACKENDS,
+    add_checkpoint,
+    add_prompt,
+    add_sampling,
+    add_setting,
+    number,
+    parser_for,
+)
 from .errors import UserError
 
 
@@ -163,8 +173,31 @@ def bench(arguments: Sequence[str]) -> int:
     return 0
 
 
+def doctor(arguments: Sequence[str]) -> int:
+    """Tell whether this machine's speed and loss are what they should be."""
+    parser = parser_for(doctor)
+    add_setting(parser, "--backend", BACKENDS)
+    parser.add_argument(
+        "--threads", type=number(int, 0), default=0, metavar="N", help="CPU threads; 0: all (0)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found there")
+    args = parser.parse_intermixed_args(arguments)
+    from .doctor import Doctor
+
+    patient = Doctor(args.backend, args.threads)
+    for finding in patient.examine():
+        print(finding, flush=True)
+    diagnosis = patient.diagnosis
+    if args.json:
+        text = json.dumps(_plain(asdict(diagnosis)), indent=2)
+        args.json.write_text(text + "\n", encoding="utf-8")
+    print(f"{diagnosis.wrong or 'nothing'} wrong")
+    return 1 if diagnosis.wrong else 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    command.__name__: command for command in (train, generate, evaluate, prepare, plot, bench)
+    command.__name__: command
+    for command in (train, generate, evaluate, prepare, plot, bench, doctor)
 }
 
 
@@ -198,9 +231,16 @@ def _fail(line: str) -> int:
     return 2
 
 
-def entry() -> NoReturn:
-    """The installed `gpu-microgpt` command."""
-    sys.exit(main())
+def entry(*command: str) -> NoReturn:
+    """A process of its own: the installed `gpu-microgpt`, or a script, which gives its command.
+
+    Starting makes hundreds of thousands of objects, nearly all of them to stay: looking through
+    them for garbage time and again, and once more at the end, took a quarter of a short run.
+    """
+    gc.set_threshold(100_000, 50, 50)
+    code = main([*command, *sys.argv[1:]])
+    gc.freeze()
+    sys.exit(code)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -234,4 +274,6 @@ def _plain(value: Any) -> Any:
     """JSON has no infinity and no NaN: null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

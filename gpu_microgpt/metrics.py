@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
@@ -110,6 +109,8 @@ class Metrics:
             raise ValueError(
                 f"image {tag}: got {pixels.dtype} {pixels.shape}, wanted uint8 (H, W) or (H, W, 3)"
             )
+        from PIL import Image  # here: the first picture comes long after the first step
+
         png = io.BytesIO()
         Image.fromarray(pixels).save(png, format="PNG")
         size = [str(pixels.shape[1]).encode(), str(pixels.shape[0]).encode()]  # width, height

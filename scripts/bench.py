@@ -1,8 +1,6 @@
 """Measure."""
 
-import sys
-
-from gpu_microgpt.cli import main
+from gpu_microgpt.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["bench", *sys.argv[1:]]))
+    entry("bench")

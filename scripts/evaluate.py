@@ -1,8 +1,6 @@
 """Held-out loss of a checkpoint: python scripts/evaluate.py runs/NAME [--data FILE]."""
 
-import sys
-
-from gpu_microgpt.cli import main
+from gpu_microgpt.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["evaluate", *sys.argv[1:]]))
+    entry("evaluate")

@@ -1,8 +1,6 @@
 """Write text with a trained model: python scripts/generate.py runs/NAME [options]."""
 
-import sys
-
-from gpu_microgpt.cli import main
+from gpu_microgpt.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["generate", *sys.argv[1:]]))
+    entry("generate")

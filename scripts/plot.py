@@ -1,8 +1,6 @@
 """Draw loss curves: python scripts/plot.py runs/NAME ... [-o loss.png]."""
 
-import sys
-
-from gpu_microgpt.cli import main
+from gpu_microgpt.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["plot", *sys.argv[1:]]))
+    entry("plot")

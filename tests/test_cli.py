@@ -263,7 +263,7 @@ def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["train", "generate", "evaluate", "prepare", "plot"])
+@pytest.mark.parametrize("name", ["train", "generate", "evaluate", "prepare", "plot", "doctor"])
 def test_scripts_run_their_command(name: str) -> None:
     done = python(f"scripts/{name}.py", "--help", env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
@@ -277,6 +277,19 @@ def test_help_loads_no_heavy_module() -> None:
         "sys.exit(str(heavy) if heavy else code)"
     )
     done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_loads_only_what_it_needs(tmp_path: Path) -> None:
+    """Not what fetches texts, draws pictures or curves: it would be waited for at every start."""
+    code = (
+        "import sys; from gpu_microgpt.cli import main;"
+        "code = main(['train', *sys.argv[1:]]);"
+        "early = {'requests', 'PIL', 'matplotlib', 'cupy'} & set(sys.modules);"
+        "sys.exit(str(early) if early else code)"
+    )
+    overrides = ["data.source=stdlib-words", "train.steps=1", f"run.dir={tmp_path}"]
+    done = python("-c", code, "names", *overrides, "backend=numpy")
     assert done.returncode == 0, done.stderr
 
 

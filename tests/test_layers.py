@@ -21,7 +21,8 @@ ORDER = [
     "checkpoint", "snapshot", "run_folder", "generate", "compiled_generate", "graph_generate",
     "text_model", "evaluate", "event_files", "metrics", "plot", "progress", "report", "readings",
     "signals", "trainer", "bench_setting", "bench_torch", "bench_gpu_setting", "bench_gpu",
-    "bench_gpu_ops", "bench", "arguments", "cli", "__init__",
+    "bench_gpu_ops", "bench", "doctor_facts", "doctor_trials", "doctor",
+    "arguments", "cli", "__init__",
 ]  # fmt: skip
 NUMBA = {"numba", "llvmlite"}  # optional: only in ops/cpu
 CUPY = ("backend.", "ops.cuda.")  # the only modules that may import cupy

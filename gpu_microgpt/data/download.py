@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import requests
 from tqdm import tqdm
 
 from ..errors import DataError
@@ -112,6 +111,8 @@ def _persist(
 
 def _fetch(remote: Remote, file: BinaryIO, seconds: float) -> None:
     """One attempt to fill `file` from its start."""
+    import requests  # here: a run that has its text loads nothing of it
+
     file.seek(0)
     file.truncate()
     lost = "cannot be reached"
