@@ -92,8 +92,8 @@ def _forward_head(amx, y, lse, q, rows, channels, n_head, scratch):
                       SIDE, scratch)  # fmt: skip
         for j in range(0, SIDE, LANES):
             _exponentials(scores, start, keys, j, 1 / math.sqrt(width), statistics)
-        block_product(amx, STORE, width, SIDE, keys, a_v, words(rows), scores, words(keys), y_t, SIDE,
-                      y_t, SIDE, scratch)  # fmt: skip
+        block_product(amx, STORE, width, SIDE, keys, a_v, words(rows), scores, words(keys), y_t,
+                      SIDE, y_t, SIDE, scratch)  # fmt: skip
         for j in range(0, SIDE, LANES):
             part = 1 / load(statistics, SIDE + j)
             for d in range(width):
