@@ -18,7 +18,8 @@ if missing():
     pytest.skip(missing(), allow_module_level=True)
 
 from gpu_microgpt.ops import cpu
-from gpu_microgpt.ops.cpu.attention_bf16 import CHUNK, attention_scratch
+from gpu_microgpt.ops.cpu.attention_bf16_backward import CHUNK
+from gpu_microgpt.ops.cpu.attention_narrow import attention_scratch
 
 # lengths, heads, channels of a head
 CASES = [
