@@ -17,30 +17,31 @@ from tests.bf16_cases import every_unit, needs_bf16
 from tests.model_cases import losses_and_grads, make_batch
 from tests.run_helpers import QUIET, assert_same_run, rows, train
 
-DIMS = Dims(2, 2, 48, 40, 27)
+WHOLE, ODD = Dims(2, 3, 48, 40, 27), Dims(2, 2, 48, 40, 27)  # heads of 16 channels, of 24
 LENGTHS = ([40, 1, 33, 17], [5, 9])
 BF16 = ("dtype=bf16", "kernels=compiled")
 pytestmark = needs_bf16
 
 
-def computed(dtype: str):
+def computed(dims: Dims, dtype: str):
     """Losses and named gradients of two ragged micro-batches, the same weights in either dtype."""
     backend = NumpyBackend(dtype, 1, kernels="compiled")
-    model = GPT(Weights(DIMS, backend))
+    model = GPT(Weights(dims, backend))
     draw = np.random.default_rng(3)
     weights = {n: draw.normal(0, 0.08, w.shape) for n, w in model.params.named.items()}
     model.params.load({n: w.astype(backend.dtype) for n, w in weights.items()}, backend)
-    batches = [make_batch(lengths, DIMS.vocab_size) for lengths in LENGTHS]
+    batches = [make_batch(lengths, dims.vocab_size) for lengths in LENGTHS]
     losses, grads = losses_and_grads(model, backend, batches)
     return np.concatenate(losses), {n: np.array(g) for n, g in grads.named.items()}
 
 
 @every_unit
-def test_losses_and_gradients_are_within_its_error(unit, monkeypatch):
+@pytest.mark.parametrize("dims", [WHOLE, ODD])
+def test_losses_and_gradients_are_within_its_error(unit, dims, monkeypatch):
     """Of the norm, against float64: eight bits of operands, through two layers and back."""
     monkeypatch.setattr("gpu_microgpt.ops.cpu.bf16_unit", lambda: unit)
-    losses, grads = computed("bf16")
-    wanted_losses, wanted = computed("fp64")
+    losses, grads = computed(dims, "bf16")
+    wanted_losses, wanted = computed(dims, "fp64")
     off = np.abs(losses - wanted_losses).max()
     assert 1e-5 < off < 0.03  # above: it did round
     for name, gradient in wanted.items():

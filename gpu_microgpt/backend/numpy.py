@@ -27,6 +27,7 @@ DTYPES = {"auto": np.float32, "fp32": np.float32, "fp64": np.float64, "bf16": np
 INSTALL = "pip install 'gpu-microgpt[fast]'"
 SHARD_FLOPS = 5e8  # a smaller step loses more to the threads' hand-over than it gains
 PIECE_ROWS = 1024  # worked on at a time: enough for BLAS, few enough for the cache
+NARROW_ROWS = 512  # where products are so fast that they wait for the cache
 
 
 class NumpyBackend:
@@ -85,7 +86,8 @@ class NumpyBackend:
         shards = min(self.threads, batch_size) if flops >= SHARD_FLOPS else 1
         self._blas_threads = self.threads // shards if flops >= SHARD_FLOPS else 1
         share = -(-batch_size // shards)
-        return shards, -(-share // max(1, PIECE_ROWS // length))
+        rows = NARROW_ROWS if self._unit else PIECE_ROWS
+        return shards, -(-share // max(1, rows // length))
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Uninitialised memory."""

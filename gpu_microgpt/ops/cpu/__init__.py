@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ...arena import array_bytes
 from ...dims import Dims
-from . import attention_bf16
+from . import attention_narrow
 from .adamw import adamw, clip_scale, global_norm
 from .amx import AMX_UNIT, bf16_unit
 from .attention import attention, attention_backward, attention_scratch
@@ -82,9 +82,9 @@ class NarrowOps(CompiledOps):
     """The same with operands of products rounded to bfloat16; made as one of the following."""
 
     linear_scratch = staticmethod(bf16_scratch)
-    attention = attention_bf16.attention
-    attention_backward = attention_bf16.attention_backward
-    attention_scratch = staticmethod(attention_bf16.attention_scratch)
+    attention = attention_narrow.attention
+    attention_backward = attention_narrow.attention_backward
+    attention_scratch = staticmethod(attention_narrow.attention_scratch)
 
 
 class AmxOps(NarrowOps):

@@ -18,26 +18,17 @@ from __future__ import annotations
 
 import math
 
-from ...arena import Shape
-from ...data.batch import Layout
-from ...types import Array
-from .attention import attention as full_attention
-from .attention import attention_backward as full_attention_backward
-from .attention import attention_scratch as full_scratch
 from .bf16 import (
     SIDE,
-    joined,
     pack_columns,
     pack_rows,
-    pack_strips,
     pack_strips_transposed,
     paired,
     words,
 )
 from .bf16_product import STAGE, block_product, units_close, units_open
 from .compile import compiled
-from .instructions import ATTENTION, ATTENTION_BACKWARD, Instructions
-from .tile import ADD, STORE
+from .tile import STORE
 from .vector import (
     at,
     fma,
@@ -49,12 +40,9 @@ from .vector import (
     transpose_some,
     vexp,
     vmax,
-    vsum,
 )
 
 LANES = 16
-CHUNK = 256  # queries
-KEPT = CHUNK // 2 + 16  # words in a row of them: rows a power of two apart share cache lines
 
 
 @compiled
@@ -98,7 +86,7 @@ def _forward_head(unit, y, lse, q, rows, channels, n_head, scratch):
             part = 1 / load(statistics, SIDE + j)
             for d in range(width):
                 store(y_t, d * SIDE + j, load(y_t, d * SIDE + j) * part)
-        _turn_back(y_t, at(y, start * channels), channels, width, count)
+        turn_back(y_t, at(y, start * channels), channels, width, count)
         for i in range(count):
             to = (start + i) * n_head
             lse[to] = statistics[i] + math.log(statistics[SIDE + i])
@@ -127,8 +115,8 @@ def _exponentials(scores, start, keys, j, scale, statistics):
     for i in range(start, start + SIDE, 2):
         first = vexp(fma(load(scores, i * SIDE + j), scale, -m))
         second = vexp(fma(load(scores, (i + 1) * SIDE + j), scale, -m))
-        first = keep_from(first, _hidden(i, start + j, keys), 0)
-        second = keep_from(second, _hidden(i + 1, start + j, keys), 0)
+        first = keep_from(first, hidden(i, start + j, keys), 0)
+        second = keep_from(second, hidden(i + 1, start + j, keys), 0)
         sums += first + second
         store(scores, i // 2 * SIDE + j, paired(first, second))
     store(statistics, j, m)
@@ -136,13 +124,13 @@ def _exponentials(scores, start, keys, j, scale, statistics):
 
 
 @compiled
-def _hidden(key, query, keys):
+def hidden(key, query, keys):
     """How many of the 16 queries from `query` on do not see a key; none sees one that is not."""
     return key - query if key < keys else LANES
 
 
 @compiled
-def _turn_back(x_t, x, ld, width, count):
+def turn_back(x_t, x, ld, width, count):
     """x (count, width), rows ld apart, from x^T (width, SIDE)."""
     for j in range(0, count, LANES):
         for d in range(0, width, LANES):
@@ -150,171 +138,3 @@ def _turn_back(x_t, x, ld, width, count):
                 transpose(x_t, d * SIDE + j, SIDE, x, j * ld + d, ld)
             else:
                 transpose_some(x_t, d * SIDE + j, SIDE, LANES, count - j, x, j * ld + d, ld)
-
-
-@compiled
-def attend_backward(unit, dqkv, dy, y, lse, qkv, offsets, sequences, channels, n_head, scratch):
-    """Backward for all sequences."""
-    units_open(unit, scratch)
-    for sequence in range(sequences):
-        row, rows = int(offsets[sequence]), int(offsets[sequence + 1] - offsets[sequence])
-        for head in range(n_head):
-            column = head * (channels // n_head)
-            to, start = row * 3 * channels + column, row * channels + column
-            _backward_head(unit, at(dqkv, to), at(dy, start), at(y, start),
-                           at(lse, row * n_head + head), at(qkv, to), rows, channels, n_head,
-                           scratch)  # fmt: skip
-    units_close(unit, scratch)
-
-
-@compiled
-def _backward_head(unit, dq, dy, y, lse, q, rows, channels, n_head, scratch):
-    """One head of a sequence, CHUNK queries at a time."""
-    ld, width, up = 3 * channels, channels // n_head, words(rows) * 2
-    depth, deep = words(width), words(width) * 2
-    a_k = at(scratch, STAGE)
-    a_v = at(a_k, up * depth)
-    a_kt = at(a_v, up * depth)
-    b_q = at(a_kt, deep * words(rows))
-    b_dy = at(b_q, deep * words(CHUNK))
-    a_p = at(b_dy, deep * words(CHUNK))
-    a_ds = at(a_p, up * KEPT)
-    rest = at(a_ds, up * KEPT)
-    pack_rows(at(q, channels), ld, rows, width, a_k)
-    pack_rows(at(q, 2 * channels), ld, rows, width, a_v)
-    pack_columns(at(q, channels), ld, width, rows, a_kt)
-    for chunk in range(0, rows, CHUNK):
-        count = min(CHUNK, rows - chunk)
-        for start in range(chunk, chunk + count, SIDE):
-            column = (start - chunk) // 2
-            _backward_tile(unit, at(dq, start * ld), at(dy, start * channels),
-                           at(y, start * channels), at(lse, start * n_head), at(q, start * ld),
-                           start, min(SIDE, rows - start), rows, channels, n_head, a_k, a_v, a_kt,
-                           at(a_p, column), at(a_ds, column), rest, scratch)  # fmt: skip
-        pack_strips(at(q, chunk * ld), ld, count, width, b_q)
-        pack_strips(at(dy, chunk * channels), channels, count, width, b_dy)
-        for key in range(0, chunk + count, SIDE):
-            first = max(0, key - chunk)  # query of the chunk that sees any of these keys
-            mode, more = STORE if key >= chunk else ADD, min(SIDE, chunk + count - key)
-            a, b, left = key * KEPT + first // 2, first // 2 * SIDE, count - first
-            dk = at(dq, key * ld + channels)
-            dv = at(dk, channels)
-            block_product(unit, mode, more, width, left, at(a_ds, a), KEPT, at(b_q, b),
-                          words(count), dk, ld, dk, ld, scratch)  # fmt: skip
-            block_product(unit, mode, more, width, left, at(a_p, a), KEPT, at(b_dy, b),
-                          words(count), dv, ld, dv, ld, scratch)  # fmt: skip
-
-
-@compiled
-def _backward_tile(
-    unit, dq, dy, y, lse, q, start, count, rows, channels, n_head, a_k, a_v, a_kt, a_p, a_ds,
-    scratch, stage,
-):  # fmt: skip
-    """dq of `count` queries from `start` on, and their words in a_p and a_ds."""
-    ld, width, keys = 3 * channels, channels // n_head, start + count
-    depth = words(width)
-    b_q = at(scratch, 0)
-    b_dy = at(b_q, SIDE * depth)
-    scores = at(b_dy, SIDE * depth)
-    slopes = at(scores, 2 * words(rows) * SIDE)
-    b_ds = at(slopes, 2 * words(rows) * SIDE)
-    dq_t = at(b_ds, words(rows) * SIDE)
-    statistics = at(dq_t, 2 * depth * SIDE)
-    pack_strips_transposed(q, ld, width, count, b_q)
-    pack_strips_transposed(dy, channels, width, count, b_dy)
-    block_product(unit, STORE, keys, SIDE, width, a_k, depth, b_q, depth, scores, SIDE, scores,
-                  SIDE, stage)  # fmt: skip
-    block_product(unit, STORE, keys, SIDE, width, a_v, depth, b_dy, depth, slopes, SIDE, slopes,
-                  SIDE, stage)  # fmt: skip
-    scale = 1 / math.sqrt(width)
-    for i in range(SIDE):
-        statistics[i] = statistics[SIDE + i] = 0
-    for i in range(count):
-        s = splat(dy, 0)
-        for d in range(0, width, LANES):
-            s = fma(load(dy, i * channels + d), load(y, i * channels + d), s)
-        statistics[i] = -lse[i * n_head]
-        statistics[SIDE + i] = -vsum(s) * scale
-    _slopes(scores, slopes, start, keys, scale, statistics, a_p, a_ds, b_ds)
-    block_product(unit, STORE, width, SIDE, keys, a_kt, words(rows), b_ds, words(keys), dq_t, SIDE,
-                  dq_t, SIDE, stage)  # fmt: skip
-    _turn_back(dq_t, dq, ld, width, count)
-
-
-@compiled
-def _slopes(scores, slopes, start, keys, scale, statistics, a_p, a_ds, b_ds):
-    """The words p^T and ds^T of a tile from s^T and dp^T; statistics: -lse, -scale sum of p dp."""
-    low, high = load(statistics, 0), load(statistics, LANES)
-    dot, dots = load(statistics, SIDE), load(statistics, SIDE + LANES)
-    for i in range(0, start + SIDE, 2):
-        to, below = i * SIDE, (i + 1) * SIDE
-        p0 = vexp(fma(load(scores, to), scale, low))
-        p1 = vexp(fma(load(scores, to + LANES), scale, high))
-        p2 = vexp(fma(load(scores, below), scale, low))
-        p3 = vexp(fma(load(scores, below + LANES), scale, high))
-        ds0 = p0 * fma(load(slopes, to), scale, dot)
-        ds1 = p1 * fma(load(slopes, to + LANES), scale, dots)
-        ds2 = p2 * fma(load(slopes, below), scale, dot)
-        ds3 = p3 * fma(load(slopes, below + LANES), scale, dots)
-        if i >= start:
-            n0, n1 = _hidden(i, start, keys), _hidden(i, start + LANES, keys)
-            n2, n3 = _hidden(i + 1, start, keys), _hidden(i + 1, start + LANES, keys)
-            p0, ds0 = keep_from(p0, n0, 0), keep_from(ds0, n0, 0)
-            p1, ds1 = keep_from(p1, n1, 0), keep_from(ds1, n1, 0)
-            p2, ds2 = keep_from(p2, n2, 0), keep_from(ds2, n2, 0)
-            p3, ds3 = keep_from(p3, n3, 0), keep_from(ds3, n3, 0)
-        store(a_p, i * KEPT, joined(p0, p1))
-        store(a_p, (i + 1) * KEPT, joined(p2, p3))
-        store(a_ds, i * KEPT, joined(ds0, ds1))
-        store(a_ds, (i + 1) * KEPT, joined(ds2, ds3))
-        store(b_ds, i // 2 * SIDE, paired(ds0, ds2))
-        store(b_ds, i // 2 * SIDE + LANES, paired(ds1, ds3))
-
-
-def attention(
-    self: Instructions, y: Array, lse: Array, qkv: Array, layout: Layout, n_head: int
-) -> None:
-    """As attention.py's."""
-    channels, size = y.shape[1], len(layout.offsets) - 1
-    if not _fits(channels, n_head):
-        full_attention(self, y, lse, qkv, layout, n_head)
-        return
-    (scratch,) = self.scratch(y.dtype, *_scratch(channels, n_head, layout.longest))
-    sizes = (channels, n_head)
-    self.do(
-        ATTENTION, len(y), y, lse, qkv, layout.offsets, *sizes, scratch, self.unit, sequences=size
-    )
-
-
-def attention_backward(
-    self: Instructions, dqkv: Array, dy: Array, y: Array, lse: Array, qkv: Array, layout: Layout,
-    n_head: int,
-) -> None:  # fmt: skip
-    """As attention.py's; y is read."""
-    channels, size = dy.shape[1], len(layout.offsets) - 1
-    if not _fits(channels, n_head):
-        full_attention_backward(self, dqkv, dy, y, lse, qkv, layout, n_head)
-        return
-    (scratch,) = self.scratch(dy.dtype, *_scratch(channels, n_head, layout.longest))
-    arrays, sizes = (dqkv, dy, lse, qkv, layout.offsets), (channels, n_head)
-    self.do(ATTENTION_BACKWARD, len(dy), *arrays, *sizes, scratch, self.unit, y, sequences=size)
-
-
-def attention_scratch(rows: int, channels: int, n_head: int, block_size: int) -> tuple[Shape, ...]:
-    """Scratch shapes at most wanted here."""
-    if not _fits(channels, n_head):
-        return full_scratch(rows, channels, n_head, block_size)
-    return _scratch(channels, n_head, min(rows, block_size))
-
-
-def _fits(channels: int, n_head: int) -> bool:
-    """Whether heads are whole vectors."""
-    return channels % n_head == 0 and channels // n_head % LANES == 0
-
-
-def _scratch(channels: int, n_head: int, longest: int) -> tuple[Shape, ...]:
-    """That of the backward pass, in its order; the forward pass needs less."""
-    up, deep = (-(-n // SIDE) * SIDE for n in (longest, channels // n_head))
-    kept = up * deep + deep * up // 2 + deep * CHUNK + 2 * up * KEPT
-    tile = SIDE * deep + 2 * up * SIDE + up // 2 * SIDE + deep * SIDE + 2 * SIDE
-    return ((STAGE + kept + tile,),)

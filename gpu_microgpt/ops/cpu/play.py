@@ -7,7 +7,7 @@ from typing import Any
 from numba import types
 from numba.extending import overload
 
-from . import attention_bf16, bf16_linear
+from . import attention_bf16, attention_bf16_backward, bf16_linear
 from .adamw import adamw_flat, clip, norm_of
 from .amx import bf16_unit
 from .attention import attend, attend_backward
@@ -164,7 +164,7 @@ def _bf16_products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
         )  # fmt: skip
     elif a[0] == ATTENTION_BACKWARD:
         y, scratch = place(like, a[10]), place(like, a[8])
-        attention_bf16.attend_backward(
+        attention_bf16_backward.attend_backward(
             a[9], p, q, y, r, s, ints(a[5]), sequences, a[6], a[7], scratch
         )  # fmt: skip
 
