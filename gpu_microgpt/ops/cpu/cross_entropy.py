@@ -4,30 +4,34 @@
 
 logits z, dlogits dz (N, V); losses (N,); targets (N,) int32, -1: ignored, loss and gradient zero,
 and the logits of such a row are not looked at. Row after row: the largest, then exp and its sum,
-then for the gradient one more pass; a row is in L1 after the first. The forward writes no exp.
+then for the gradient one more pass; a row is in L1 after the first. The forward writes no exp. The
+logs of as many rows as a vector has lanes are taken together.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ...types import Array
 from ..reference.context import Context
 from .compile import compiled
-from .rows import exp_row, fill_row, scale_row, sum_of
-from .vector import at
+from .rows import exp_row, fill_row, scaled_exp_row, sum_of
+from .vector import at, lanes, splat, store_some, vlog, with_lane
 
 
 @compiled
 def cross_entropy_rows(losses: Any, logits: Any, targets: Any, rows: Any, vocab: Any) -> None:
     """The rows of `cross_entropy`; targets is an array, the others are places."""
-    for n in range(rows):
-        losses[n] = 0
-        if targets[n] >= 0:
-            row = at(logits, n * vocab)
-            largest, total = exp_row(row, row, vocab, False)
-            losses[n] = math.log(total) + largest - row[targets[n]]
+    for start in range(0, rows, lanes(losses)):
+        count = min(lanes(losses), rows - start)
+        sums, gaps = splat(losses, 1), splat(losses, 0)
+        for i in range(count):
+            target = targets[start + i]
+            if target >= 0:
+                row = at(logits, (start + i) * vocab)
+                largest, total = exp_row(row, row, vocab, False)
+                sums, gaps = with_lane(sums, i, total), with_lane(gaps, i, largest - row[target])
+        store_some(losses, start, vlog(sums) + gaps, count)
 
 
 @compiled
@@ -35,17 +39,20 @@ def cross_entropy_backward_rows(
     dlogits: Any, losses: Any, logits: Any, targets: Any, scale: Any, rows: Any, vocab: Any
 ) -> None:
     """The rows of `cross_entropy_backward`; targets is an array, the others are places."""
-    for n in range(rows):
-        losses[n] = 0
-        row, out = at(logits, n * vocab), at(dlogits, n * vocab)
-        if targets[n] < 0:
-            fill_row(out, 0, vocab)
-            continue
-        chosen = row[targets[n]]  # before it is overwritten
-        largest, total = exp_row(out, row, vocab, True)
-        losses[n] = math.log(total) + largest - chosen
-        scale_row(out, out, scale / total, vocab)
-        out[targets[n]] -= scale
+    for start in range(0, rows, lanes(losses)):
+        count = min(lanes(losses), rows - start)
+        sums, gaps = splat(losses, 1), splat(losses, 0)
+        for i in range(count):
+            target, row = targets[start + i], (start + i) * vocab
+            out, z = at(dlogits, row), at(logits, row)
+            if target < 0:
+                fill_row(out, 0, vocab)
+                continue
+            largest, total = exp_row(z, z, vocab, False)
+            sums, gaps = with_lane(sums, i, total), with_lane(gaps, i, largest - z[target])
+            scaled_exp_row(out, z, largest, scale / total, vocab)
+            out[target] -= scale
+        store_some(losses, start, vlog(sums) + gaps, count)
 
 
 @compiled

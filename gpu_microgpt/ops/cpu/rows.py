@@ -102,6 +102,22 @@ def exp_row(y: Any, x: Any, n: Any, keep: Any) -> Any:
 
 
 @compiled
+def scaled_exp_row(y: Any, x: Any, largest: Any, factor: Any, n: Any) -> None:
+    """y = factor exp(x - largest); y may be x.
+
+    The last vector is a whole one that ends with the row, where the row has so many: a masked store
+    reaches into the next row as far as the processor knows, and reading that would wait for it.
+    """
+    width = lanes(x)
+    whole = (n - 1) // width * width
+    end = max(n - width, 0)
+    last = load_some(x, end, n, 0)  # before it is written, if y is x
+    for j in range(0, whole, width):
+        store(y, j, vexp(load(x, j) - largest) * factor)
+    store_some(y, end, vexp(last - largest) * factor, n)
+
+
+@compiled
 def sum_of(x: Any, n: Any) -> Any:
     """Sum of x, in float64 and in order."""
     total = 0.0
