@@ -20,13 +20,16 @@ from .vector import fma, lanes, load, load_some, splat, store, store_some, vexp,
 def dot(x: Any, y: Any, n: Any) -> Any:
     """Sum of x y."""
     width = lanes(x)
-    whole = n // (2 * width) * (2 * width)
+    pairs, whole = n // (2 * width) * (2 * width), n // width * width
     even, odd = splat(x, 0), splat(x, 0)
-    for j in range(0, whole, 2 * width):
+    for j in range(0, pairs, 2 * width):
         even = fma(load(x, j), load(y, j), even)
         odd = fma(load(x, j + width), load(y, j + width), odd)
-    for j in range(whole, n, width):
-        even = fma(load_some(x, j, n - j, 0), load_some(y, j, n - j, 0), even)
+    if pairs < whole:
+        even = fma(load(x, pairs), load(y, pairs), even)
+    if whole < n:
+        rest = n - whole
+        odd = fma(load_some(x, whole, rest, 0), load_some(y, whole, rest, 0), odd)
     return vsum(even + odd)
 
 
