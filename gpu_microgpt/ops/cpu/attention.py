@@ -187,7 +187,9 @@ def _backward_tile(
     packed = at(ds, keys * QUERIES)
     w = _transposed(at(qkv, start * ld), ld, channels, count, rows - start, scratch)
     _transposed(dy, channels, channels, count, rows - start, dy_t)
-    _transposed(lse, n_head, n_head, count, rows - start, lse_t)
+    for head in range(n_head):
+        for i in range(min(w, rows - start)):
+            lse_t[head * w + i] = lse[i * n_head + head]
     for head in range(n_head):
         column = head * width
         q, k, dk = at(qkv, column), at(qkv, channels + column), at(dqkv, channels + column)
