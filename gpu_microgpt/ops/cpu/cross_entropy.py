@@ -3,9 +3,10 @@
     loss = log(sum(exp(z))) - z[target]        dz = scale (exp(z) / sum(exp(z)) - onehot(target))
 
 logits z, dlogits dz (N, V); losses (N,); targets (N,) int32, -1: ignored, loss and gradient zero,
-and the logits of such a row are not looked at. Row after row: the largest, then exp and its sum,
-then for the gradient one more pass; a row is in L1 after the first. The forward writes no exp. The
-logs of as many rows as a vector has lanes are taken together.
+and the logits of such a row are not looked at. Some rows at a time: the largest of each, then each
+sum of exp, then for the gradient one more pass with exp computed again. So the rows, whose sums
+along vectors are long chains, do not wait for each other, and one log does for all of them; they
+are as many as a vector has lanes, if they stay in L1 meanwhile. No exp is kept in memory.
 """
 
 from __future__ import annotations
@@ -15,22 +16,42 @@ from typing import Any
 from ...types import Array
 from ..reference.context import Context
 from .compile import compiled
-from .rows import exp_row, fill_row, scaled_exp_row, sum_of
-from .vector import at, lanes, splat, store_some, vlog, with_lane
+from .rows import exp_sum, fill_row, largest_of, scaled_exp_row, sum_of
+from .vector import at, lane_of, lanes, splat, store_some, vlog, with_lane
+
+TOGETHER = 8192  # logits of rows that are looked at together
+
+
+@compiled
+def _group(losses: Any, vocab: Any) -> Any:
+    """Rows at a time."""
+    return max(1, min(lanes(losses), TOGETHER // vocab))
+
+
+@compiled
+def _statistics(logits: Any, targets: Any, start: Any, count: Any, vocab: Any) -> Any:
+    """Of `count` rows from `start` on, a lane each: the largest, the sum of exp, and how far below
+    the largest the target is; 0, 1 and 0 where it is ignored."""
+    tops, sums, gaps = splat(logits, 0), splat(logits, 1), splat(logits, 0)
+    for i in range(count):
+        row, target = at(logits, (start + i) * vocab), targets[start + i]
+        if target >= 0:
+            largest = largest_of(row, vocab)
+            tops, gaps = with_lane(tops, i, largest), with_lane(gaps, i, largest - row[target])
+    for i in range(count):
+        if targets[start + i] >= 0:
+            row = at(logits, (start + i) * vocab)
+            sums = with_lane(sums, i, exp_sum(row, lane_of(tops, i), vocab))
+    return tops, sums, gaps
 
 
 @compiled
 def cross_entropy_rows(losses: Any, logits: Any, targets: Any, rows: Any, vocab: Any) -> None:
     """The rows of `cross_entropy`; targets is an array, the others are places."""
-    for start in range(0, rows, lanes(losses)):
-        count = min(lanes(losses), rows - start)
-        sums, gaps = splat(losses, 1), splat(losses, 0)
-        for i in range(count):
-            target = targets[start + i]
-            if target >= 0:
-                row = at(logits, (start + i) * vocab)
-                largest, total = exp_row(row, row, vocab, False)
-                sums, gaps = with_lane(sums, i, total), with_lane(gaps, i, largest - row[target])
+    step = _group(losses, vocab)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        _, sums, gaps = _statistics(logits, targets, start, count, vocab)
         store_some(losses, start, vlog(sums) + gaps, count)
 
 
@@ -39,18 +60,18 @@ def cross_entropy_backward_rows(
     dlogits: Any, losses: Any, logits: Any, targets: Any, scale: Any, rows: Any, vocab: Any
 ) -> None:
     """The rows of `cross_entropy_backward`; targets is an array, the others are places."""
-    for start in range(0, rows, lanes(losses)):
-        count = min(lanes(losses), rows - start)
-        sums, gaps = splat(losses, 1), splat(losses, 0)
+    step = _group(losses, vocab)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        tops, sums, gaps = _statistics(logits, targets, start, count, vocab)
+        factors = splat(sums, scale) / sums
         for i in range(count):
-            target, row = targets[start + i], (start + i) * vocab
-            out, z = at(dlogits, row), at(logits, row)
+            row, target = (start + i) * vocab, targets[start + i]
+            out = at(dlogits, row)
             if target < 0:
                 fill_row(out, 0, vocab)
                 continue
-            largest, total = exp_row(z, z, vocab, False)
-            sums, gaps = with_lane(sums, i, total), with_lane(gaps, i, largest - z[target])
-            scaled_exp_row(out, z, largest, scale / total, vocab)
+            scaled_exp_row(out, at(logits, row), lane_of(tops, i), lane_of(factors, i), vocab)
             out[target] -= scale
         store_some(losses, start, vlog(sums) + gaps, count)
 

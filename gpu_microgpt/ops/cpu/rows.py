@@ -82,8 +82,8 @@ def largest_of(x: Any, n: Any) -> Any:
 
 
 @compiled
-def exp_row(y: Any, x: Any, n: Any, keep: Any) -> Any:
-    """y = exp(x - largest), written if `keep`; returns the largest and the sum of y. y may be x.
+def exp_row(y: Any, x: Any, n: Any) -> Any:
+    """y = exp(x - largest); returns the sum of y. y may be x.
 
     One NaN or inf, or nothing but -inf, makes the sum NaN.
     """
@@ -94,14 +94,25 @@ def exp_row(y: Any, x: Any, n: Any, keep: Any) -> Any:
     for j in range(0, whole, width):
         e = vexp(load(x, j) - largest)
         total += e
-        if keep:
-            store(y, j, e)
+        store(y, j, e)
     if whole < n:
         e = vexp(load_some(x, whole, n - whole, -np.inf) - largest)  # 0 behind the row
         total += e
-        if keep:
-            store_some(y, whole, e, n - whole)
-    return largest, vsum(total)
+        store_some(y, whole, e, n - whole)
+    return vsum(total)
+
+
+@compiled
+def exp_sum(x: Any, largest: Any, n: Any) -> Any:
+    """The sum that `exp_row` returns, `largest` being known and nothing written."""
+    width = lanes(x)
+    whole = n // width * width
+    total = splat(x, 0)
+    for j in range(0, whole, width):
+        total += vexp(load(x, j) - largest)
+    if whole < n:
+        total += vexp(load_some(x, whole, n - whole, -np.inf) - largest)
+    return vsum(total)
 
 
 @compiled
@@ -112,12 +123,13 @@ def scaled_exp_row(y: Any, x: Any, largest: Any, factor: Any, n: Any) -> None:
     reaches into the next row as far as the processor knows, and reading that would wait for it.
     """
     width = lanes(x)
-    whole = (n - 1) // width * width
-    end = max(n - width, 0)
-    last = load_some(x, end, n, 0)  # before it is written, if y is x
-    for j in range(0, whole, width):
+    if n < width:
+        store_some(y, 0, vexp(load_some(x, 0, n, 0) - largest) * factor, n)
+        return
+    last = load(x, n - width)  # before it is written, if y is x
+    for j in range(0, n - width, width):
         store(y, j, vexp(load(x, j) - largest) * factor)
-    store_some(y, end, vexp(last - largest) * factor, n)
+    store(y, n - width, vexp(last - largest) * factor)
 
 
 @compiled

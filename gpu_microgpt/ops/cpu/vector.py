@@ -19,7 +19,7 @@ becomes one of the vector's. All is generic over the dtype: it comes from the pl
 | `vsum(v)`, `vmax_of(v)` | one scalar of all lanes, in a fixed order |
 | `where_greater(u, v, x, y)` | x where u > v, else y (all vectors or scalars) |
 | `keep(v, m)` | v where m > 0, else 0 |
-| `with_lane(v, n, x)` | v with x in lane n, 0 <= n < lanes |
+| `with_lane(v, n, x)`, `lane_of(v, n)` | v with x in lane n; that lane; 0 <= n < lanes |
 | `keep_below(v, n, x)` | lanes < n of v, x in the rest; n may be any integer |
 | `keep_from(v, n, x)` | lanes >= n of v, x in the rest |
 | `vsqrt(v)` | by lanes |
@@ -135,6 +135,12 @@ def keep(code: Code, v: ir.Value, m: ir.Value) -> ir.Value:
 def with_lane(code: Code, v: ir.Value, n: ir.Value, x: ir.Value) -> ir.Value:
     """v with x in lane n, 0 <= n < lanes."""
     return code.builder.insert_element(v, x, n)
+
+
+@word(places("x", "vi"))
+def lane_of(code: Code, v: ir.Value, n: ir.Value) -> ir.Value:
+    """Lane n of v, 0 <= n < lanes."""
+    return code.builder.extract_element(v, n)
 
 
 @word(places("v", "vix"))

@@ -18,6 +18,7 @@ from gpu_microgpt.ops.cpu.vector import (  # noqa: E402
     keep,
     keep_below,
     keep_from,
+    lane_of,
     lanes,
     load,
     load_some,
@@ -258,9 +259,9 @@ def test_quotient(dtype):
 
 @compiled
 def with_lanes(out, x, count):
-    v = splat(out, 0)
+    v, u = splat(out, 0), load(x, 0)
     for i in range(count):
-        v = with_lane(v, i, x[i])
+        v = with_lane(v, i, lane_of(u, i))
     store(out, 0, v)
 
 
