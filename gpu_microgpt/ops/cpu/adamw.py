@@ -4,8 +4,9 @@
     params -= rate (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay params)
 
 params, m, v, grads (P,) of one dtype. One pass: a vector of each is read once and written once, 28
-bytes a weight in float32. The bias corrections are moved out of the root, as in the reference. The
-norm sums squares by the lanes of a vector over CHUNK elements, and these sums in float64.
+bytes a weight in float32. The bias corrections are moved out of the root, as in the reference. In
+the cache, root and division are what takes the time: so the latter is a `quotient`. The norm sums
+squares by the lanes of a vector over CHUNK elements, and these sums in float64.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ...types import Array
 from .compile import compiled
 from .instructions import ADAMW, CLIP_SCALE, GLOBAL_NORM, Instructions
 from .rows import dot
-from .vector import at, fma, lanes, load, load_some, splat, store, store_some, vsqrt
+from .vector import at, fma, lanes, load, load_some, quotient, splat, store, store_some, vsqrt
 
 LEAST = 1e-12  # a smaller norm is none
 CHUNK = 4096  # of the lanes' sums in float32 then has at most 128 terms
@@ -39,7 +40,7 @@ def _update(p: Any, m: Any, v: Any, g: Any, factors: Any) -> Any:
     m = fma(m, beta1, g * gain1)
     a = g * gain2  # before squaring: no overflow
     v = fma(v, beta2, a * a)
-    return fma(m / (vsqrt(v) + eps), -rate, p * decay), m, v
+    return fma(quotient(m, vsqrt(v) + eps), -rate, p * decay), m, v
 
 
 @compiled

@@ -36,7 +36,7 @@ from .tile import (
     product,
     tile_1,
 )
-from .vector import at, fma, keep_from, lanes, load, splat, store, vexp, vmax
+from .vector import at, fma, keep_from, lanes, load, splat, store, vexp, vlog, vmax
 
 QUERIES = 48  # of a tile: whole vectors of any width, and whole tiles of registers
 LANES = VECTOR_BYTES // 4  # at most
@@ -76,9 +76,9 @@ def attention_scratch(rows: int, channels: int, n_head: int, block_size: int) ->
 
 
 def _scratch(channels: int, n_head: int, longest: int) -> tuple[Shape, ...]:
-    """q^T, dy^T, lse^T, two numbers a query, p^T and ds^T; rows of a head in whole vectors."""
+    """q^T, dy^T, lse^T, a number a query, p^T and ds^T; rows of a head in whole vectors."""
     width = -(-channels // n_head // LANES) * LANES
-    return (((2 * channels + n_head + 2 + 2 * longest) * QUERIES + max(longest, QUERIES) * width,),)
+    return (((2 * channels + n_head + 1 + 2 * longest) * QUERIES + max(longest, QUERIES) * width,),)
 
 
 @compiled
@@ -103,9 +103,8 @@ def _forward_tile(
     scratch: Any,
 ) -> None:  # fmt: skip
     """`count` queries from `start` on: y, lse of the tile, qkv of the sequence and all after it."""
-    largest = at(scratch, channels * QUERIES)
-    total = at(largest, QUERIES)
-    p = at(total, QUERIES)
+    logs = at(scratch, channels * QUERIES)
+    p = at(logs, QUERIES)
     ld, keys, width = 3 * channels, start + count, channels // n_head
     packed = at(p, keys * QUERIES)
     w = _transposed(at(qkv, start * ld), ld, channels, count, rows - start, scratch)
@@ -113,17 +112,17 @@ def _forward_tile(
         column = head * width
         k = at(qkv, channels + column)
         _product(keys, w, width, k, ld, 1, at(scratch, column * w), w, p, w)
-        _softmax(p, w, start, keys, 1 / math.sqrt(width), largest, total)
+        _softmax(p, w, start, keys, 1 / math.sqrt(width), logs)
         left = rows * ld - 2 * channels - column  # numbers from v on
         v, ldv = _whole(at(k, channels), ld, keys, width, left, packed)
         _sum_keys(at(y, column), p, w, start, count, width, channels, v, ldv)
         for i in range(count):
-            lse[i * n_head + head] = largest[i] + math.log(total[i])
+            lse[i * n_head + head] = logs[i]
 
 
 @compiled
-def _softmax(p: Any, w: Any, start: Any, keys: Any, scale: Any, largest: Any, total: Any) -> None:
-    """Scores p^T (keys, w) become probabilities; and what they were made with, of each query.
+def _softmax(p: Any, w: Any, start: Any, keys: Any, scale: Any, logs: Any) -> None:
+    """Scores p^T (keys, w) become probabilities; logs: the lse of each query.
 
     The first key that not all lanes of a vector see is `seen`; from `stop` on none sees any.
     """
@@ -149,8 +148,7 @@ def _softmax(p: Any, w: Any, start: Any, keys: Any, scale: Any, largest: Any, to
             store(p, i * w + j, load(p, i * w + j) * part)
         for i in range(stop, keys):
             store(p, i * w + j, splat(p, 0))
-        store(largest, j, m)
-        store(total, j, sums)
+        store(logs, j, m + vlog(sums))
 
 
 @compiled
@@ -184,7 +182,9 @@ def _backward_tile(
     packed = at(ds, keys * QUERIES)
     w = _transposed(at(qkv, start * ld), ld, channels, count, rows - start, scratch)
     _transposed(dy, channels, channels, count, rows - start, dy_t)
-    _transposed(lse, n_head, n_head, count, rows - start, lse_t)
+    for head in range(n_head):
+        for i in range(min(w, rows - start)):
+            lse_t[head * w + i] = lse[i * n_head + head]
     for head in range(n_head):
         column = head * width
         q, k, dk = at(qkv, column), at(qkv, channels + column), at(dqkv, channels + column)

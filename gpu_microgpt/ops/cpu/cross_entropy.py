@@ -3,13 +3,14 @@
     loss = log(sum(exp(z))) - z[target]        dz = scale (exp(z) / sum(exp(z)) - onehot(target))
 
 logits z, dlogits dz (N, V); losses (N,); targets (N,) int32, -1: ignored, loss and gradient zero,
-and the logits of such a row are not looked at. Row after row: the largest, then exp and its sum,
-then for the gradient one more pass; a row is in L1 after the first. The forward writes no exp.
+and the logits of such a row are not looked at. Some rows at a time: the largest of each, then each
+sum of exp, then for the gradient one more pass with exp computed again. So the rows, whose sums
+along vectors are long chains, do not wait for each other, and one log does for all of them; they
+are as many as a vector has lanes, if they stay in L1 meanwhile. No exp is kept in memory.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -17,19 +18,43 @@ import numpy as np
 from ...types import Array
 from .compile import compiled
 from .instructions import ADD_LOSSES, CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD, Instructions
-from .rows import exp_row, fill_row, scale_row
-from .vector import at
+from .rows import exp_sum, fill_row, largest_of, scaled_exp_row
+from .vector import at, lane_of, lanes, splat, store_some, vlog, with_lane
+
+TOGETHER = 8192  # logits of rows that are looked at together
+
+
+@compiled
+def _group(losses: Any, vocab: Any) -> Any:
+    """Rows at a time."""
+    return max(1, min(lanes(losses), TOGETHER // vocab))
+
+
+@compiled
+def _statistics(logits: Any, targets: Any, start: Any, count: Any, vocab: Any) -> Any:
+    """Of `count` rows from `start` on, a lane each: the largest, the sum of exp, and how far below
+    the largest the target is; 0, 1 and 0 where it is ignored."""
+    tops, sums, gaps = splat(logits, 0), splat(logits, 1), splat(logits, 0)
+    for i in range(count):
+        row, target = at(logits, (start + i) * vocab), targets[start + i]
+        if target >= 0:
+            largest = largest_of(row, vocab)
+            tops, gaps = with_lane(tops, i, largest), with_lane(gaps, i, largest - row[target])
+    for i in range(count):
+        if targets[start + i] >= 0:
+            row = at(logits, (start + i) * vocab)
+            sums = with_lane(sums, i, exp_sum(row, lane_of(tops, i), vocab))
+    return tops, sums, gaps
 
 
 @compiled
 def cross_entropy_rows(losses: Any, logits: Any, targets: Any, rows: Any, vocab: Any) -> None:
     """The rows of `cross_entropy`; targets is an array, the others are places."""
-    for n in range(rows):
-        losses[n] = 0
-        if targets[n] >= 0:
-            row = at(logits, n * vocab)
-            largest, total = exp_row(row, row, vocab, False)
-            losses[n] = math.log(total) + largest - row[targets[n]]
+    step = _group(losses, vocab)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        _, sums, gaps = _statistics(logits, targets, start, count, vocab)
+        store_some(losses, start, vlog(sums) + gaps, count)
 
 
 @compiled
@@ -37,17 +62,20 @@ def cross_entropy_backward_rows(
     dlogits: Any, losses: Any, logits: Any, targets: Any, scale: Any, rows: Any, vocab: Any
 ) -> None:
     """The rows of `cross_entropy_backward`; targets is an array, the others are places."""
-    for n in range(rows):
-        losses[n] = 0
-        row, out = at(logits, n * vocab), at(dlogits, n * vocab)
-        if targets[n] < 0:
-            fill_row(out, 0, vocab)
-            continue
-        chosen = row[targets[n]]  # before it is overwritten
-        largest, total = exp_row(out, row, vocab, True)
-        losses[n] = math.log(total) + largest - chosen
-        scale_row(out, out, scale / total, vocab)
-        out[targets[n]] -= scale
+    step = _group(losses, vocab)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        tops, sums, gaps = _statistics(logits, targets, start, count, vocab)
+        factors = splat(sums, scale) / sums
+        for i in range(count):
+            row, target = (start + i) * vocab, targets[start + i]
+            out = at(dlogits, row)
+            if target < 0:
+                fill_row(out, 0, vocab)
+                continue
+            scaled_exp_row(out, at(logits, row), lane_of(tops, i), lane_of(factors, i), vocab)
+            out[target] -= scale
+        store_some(losses, start, vlog(sums) + gaps, count)
 
 
 def cross_entropy(self: Instructions, losses: Array, logits: Array, targets: Array) -> None:

@@ -20,13 +20,16 @@ from .vector import fma, lanes, load, load_some, splat, store, store_some, vexp,
 def dot(x: Any, y: Any, n: Any) -> Any:
     """Sum of x y."""
     width = lanes(x)
-    whole = n // (2 * width) * (2 * width)
+    pairs, whole = n // (2 * width) * (2 * width), n // width * width
     even, odd = splat(x, 0), splat(x, 0)
-    for j in range(0, whole, 2 * width):
+    for j in range(0, pairs, 2 * width):
         even = fma(load(x, j), load(y, j), even)
         odd = fma(load(x, j + width), load(y, j + width), odd)
-    for j in range(whole, n, width):
-        even = fma(load_some(x, j, n - j, 0), load_some(y, j, n - j, 0), even)
+    if pairs < whole:
+        even = fma(load(x, pairs), load(y, pairs), even)
+    if whole < n:
+        rest = n - whole
+        odd = fma(load_some(x, whole, rest, 0), load_some(y, whole, rest, 0), odd)
     return vsum(even + odd)
 
 
@@ -90,8 +93,8 @@ def largest_of(x: Any, n: Any) -> Any:
 
 
 @compiled
-def exp_row(y: Any, x: Any, n: Any, keep: Any) -> Any:
-    """y = exp(x - largest), written if `keep`; returns the largest and the sum of y. y may be x.
+def exp_row(y: Any, x: Any, n: Any) -> Any:
+    """y = exp(x - largest); returns the sum of y. y may be x.
 
     One NaN or inf, or nothing but -inf, makes the sum NaN.
     """
@@ -102,14 +105,42 @@ def exp_row(y: Any, x: Any, n: Any, keep: Any) -> Any:
     for j in range(0, whole, width):
         e = vexp(load(x, j) - largest)
         total += e
-        if keep:
-            store(y, j, e)
+        store(y, j, e)
     if whole < n:
         e = vexp(load_some(x, whole, n - whole, -np.inf) - largest)  # 0 behind the row
         total += e
-        if keep:
-            store_some(y, whole, e, n - whole)
-    return largest, vsum(total)
+        store_some(y, whole, e, n - whole)
+    return vsum(total)
+
+
+@compiled
+def exp_sum(x: Any, largest: Any, n: Any) -> Any:
+    """The sum that `exp_row` returns, `largest` being known and nothing written."""
+    width = lanes(x)
+    whole = n // width * width
+    total = splat(x, 0)
+    for j in range(0, whole, width):
+        total += vexp(load(x, j) - largest)
+    if whole < n:
+        total += vexp(load_some(x, whole, n - whole, -np.inf) - largest)
+    return vsum(total)
+
+
+@compiled
+def scaled_exp_row(y: Any, x: Any, largest: Any, factor: Any, n: Any) -> None:
+    """y = factor exp(x - largest); y may be x.
+
+    The last vector is a whole one that ends with the row, where the row has so many: a masked store
+    reaches into the next row as far as the processor knows, and reading that would wait for it.
+    """
+    width = lanes(x)
+    if n < width:
+        store_some(y, 0, vexp(load_some(x, 0, n, 0) - largest) * factor, n)
+        return
+    last = load(x, n - width)  # before it is written, if y is x
+    for j in range(0, n - width, width):
+        store(y, j, vexp(load(x, j) - largest) * factor)
+    store(y, n - width, vexp(last - largest) * factor)
 
 
 @compiled

@@ -29,6 +29,7 @@ For few rows of a (generation) dots.py has another form.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -70,15 +71,15 @@ def tile_word(rows: int, vectors: int, add: Step = Code.fma) -> Any:
             row = build.select(there, I64(i), last)
             starts.append(code.at(a, build.mul(row, as0)))
         sums = _sums(code, starts, as1, b, ldb, k, vectors, add)
-        tall = build.icmp_signed(">=", m, I64(rows))
         wide = build.icmp_signed(">=", n, I64(vectors * code.lanes))
         ends = [[code.at(x, build.mul(ld, I64(i))) for i in range(rows)]
                 for x, ld in ((c, ldc), (r, ldr))]  # fmt: skip
-        with build.if_else(build.and_(tall, wide)) as (whole, edge):
+        with build.if_else(wide) as (whole, edge):
             with whole:
-                _finish(code, mode, sums, *ends)
+                _finish(code, mode, m, None, sums, *ends)
             with edge:
-                _finish_edge(code, mode, m, n, sums, *ends)
+                masks = [code.below(build.sub(n, I64(j * code.lanes))) for j in range(vectors)]
+                _finish(code, mode, m, masks, sums, *ends)
 
     return tile
 
@@ -114,15 +115,31 @@ def _sums(
     return new
 
 
-def _finish(code: Code, mode: ir.Value, sums: Sums, c: list[ir.Value], r: list[ir.Value]) -> None:
-    """Store a whole tile."""
+def _finish(
+    code: Code, mode: ir.Value, m: ir.Value, masks: list[ir.Value] | None, sums: Sums,
+    c: list[ir.Value], r: list[ir.Value],
+) -> None:  # fmt: skip
+    """Store the m rows there are, whole or the masked columns.
+
+    Row after row until there is none, not with masks: who reads soon what a masked store wrote
+    waits until it has reached the cache.
+    """
     build, zero = code.builder, code.constant(0)
     values: dict[int, Any] = {
-        STORE: lambda s, r, j: s,
-        ADD: lambda s, r, j: code.binary("fadd", code.load(r, j), s),
-        RELU: lambda s, r, j: code.pick(">", zero, s, zero, s),
-        KEEP: lambda s, r, j: code.pick(">", code.load(r, j), zero, s, zero),
+        STORE: lambda s, old: s,
+        ADD: lambda s, old: code.binary("fadd", old(), s),
+        RELU: lambda s, old: code.pick(">", zero, s, zero, s),
+        KEEP: lambda s, old: code.pick(">", old(), zero, s, zero),
     }
+
+    def store(value: Any, i: int, j: int) -> None:
+        s, index = sums[i][j], I64(j * code.lanes)
+        if masks is None:
+            code.store(value(s, lambda: code.load(r[i], index)), c[i], index)
+        else:
+            old = partial(code.load_masked, r[i], index, masks[j], zero)
+            code.store_masked(value(s, old), c[i], index, masks[j])
+
     done = build.append_basic_block("stored")
     blocks = {number: build.append_basic_block("store") for number in values}
     choice = build.switch(mode, blocks[STORE])
@@ -130,34 +147,14 @@ def _finish(code: Code, mode: ir.Value, sums: Sums, c: list[ir.Value], r: list[i
         choice.add_case(I64(number), block)
         build.position_at_end(block)
         for i, row in enumerate(sums):
-            for j, s in enumerate(row):
-                index = I64(j * code.lanes)
-                code.store(values[number](s, r[i], index), c[i], index)
+            if i > 0:
+                following = build.append_basic_block("row")
+                build.cbranch(build.icmp_signed("<", I64(i), m), following, done)
+                build.position_at_end(following)
+            for j in range(len(row)):
+                store(values[number], i, j)
         build.branch(done)
     build.position_at_end(done)
-
-
-def _finish_edge(
-    code: Code, mode: ir.Value, m: ir.Value, n: ir.Value, sums: Sums, c: list[ir.Value],
-    r: list[ir.Value],
-) -> None:  # fmt: skip
-    """Store the m rows, n columns there are: all modes in one, chosen by selects."""
-    build, zero = code.builder, code.constant(0)
-    is_mode = [build.icmp_signed("==", mode, I64(number)) for number in range(4)]
-    reads = build.or_(is_mode[ADD], is_mode[KEEP])
-    masks = [code.below(build.sub(n, I64(j * code.lanes))) for j in range(len(sums[0]))]
-    none = ir.Constant(masks[0].type, [0] * code.lanes)
-    for i, row in enumerate(sums):
-        there = build.icmp_signed("<", I64(i), m)
-        for j, s in enumerate(row):
-            index = I64(j * code.lanes)
-            mask = build.select(there, masks[j], none)
-            read = build.select(reads, mask, none)
-            old = code.load_masked(r[i], index, read, zero)
-            value = build.select(is_mode[ADD], code.binary("fadd", old, s), s)
-            value = build.select(is_mode[RELU], code.pick(">", zero, s, zero, s), value)
-            value = build.select(is_mode[KEEP], code.pick(">", old, zero, s, zero), value)
-            code.store_masked(value, c[i], index, mask)
 
 
 TWO = 12 if REGISTERS == 32 else 6  # rows of a tile two vectors wide

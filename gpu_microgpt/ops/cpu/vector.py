@@ -22,9 +22,11 @@ becomes one of the vector's. All is generic over the dtype: it comes from the pl
 | `vsum(v)`, `vmax_of(v)` | one scalar of all lanes, in a fixed order |
 | `where_greater(u, v, x, y)` | x where u > v, else y (all vectors or scalars) |
 | `keep(v, m)` | v where m > 0, else 0 |
+| `with_lane(v, n, x)`, `lane_of(v, n)` | v with x in lane n; that lane; 0 <= n < lanes |
 | `keep_below(v, n, x)` | lanes < n of v, x in the rest; n may be any integer |
 | `keep_from(v, n, x)` | lanes >= n of v, x in the rest |
-| `vsqrt(v)`, `vexp(v)` | by lanes; the error of vexp: see there |
+| `vsqrt(v)` | by lanes |
+| `vexp(v)`, `vlog(v)`, `quotient(u, v)` | by lanes, with errors: see vector_functions.py |
 | `transpose(a, i, lda, c, j, ldc)` | a block of lanes x lanes; row r of a at a[i + r lda] |
 | `transpose_some(a, i, lda, rows, columns, c, j, ldc)` | its corner: `columns` rows of c, with 0 \
 after the first `rows` lanes |
@@ -38,7 +40,6 @@ A loop over a row of n elements, its tail included:
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
@@ -47,15 +48,11 @@ from numba import types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin
 
-from .code import HAS_FMA, I64, Code, Vec, places, word
-
-# exp(r) by powers of r, |r| <= ln(2) / 2: fitted for float32, Taylor's for float64
-EXP = {
-    32: (1.0, 1.0, 0.49999991, 0.16666421, 0.04166836, 0.00837477, 0.00138294),
-    64: tuple(1 / math.factorial(k) for k in range(12)),
-}
-# ln 2; where n ln 2 is rounded before it is subtracted, in two parts, n times the first being exact
-LN2 = (math.log(2),) if HAS_FMA else (355 / 512, math.log(2) - 355 / 512)
+from .code import I64, Code, Vec, places, word
+from .vector_functions import quotient as quotient
+from .vector_functions import vexp as vexp
+from .vector_functions import vlog as vlog
+from .vector_functions import vsqrt as vsqrt
 
 
 def _vector(code: Code, x: ir.Value) -> ir.Value:
@@ -169,6 +166,18 @@ def keep(code: Code, v: ir.Value, m: ir.Value) -> ir.Value:
 
 
 @word(places("v", "vix"))
+def with_lane(code: Code, v: ir.Value, n: ir.Value, x: ir.Value) -> ir.Value:
+    """v with x in lane n, 0 <= n < lanes."""
+    return code.builder.insert_element(v, x, n)
+
+
+@word(places("x", "vi"))
+def lane_of(code: Code, v: ir.Value, n: ir.Value) -> ir.Value:
+    """Lane n of v, 0 <= n < lanes."""
+    return code.builder.extract_element(v, n)
+
+
+@word(places("v", "vix"))
 def keep_below(code: Code, v: ir.Value, n: ir.Value, x: ir.Value) -> ir.Value:
     """Lanes < n of v, x in the rest."""
     return code.builder.select(code.below(n), v, code.splat(x))
@@ -200,41 +209,6 @@ def vsum(code: Code, v: ir.Value) -> ir.Value:
 def vmax_of(code: Code, v: ir.Value) -> ir.Value:
     """The largest lane; a NaN may be passed over."""
     return _halving(code, v, lambda a, b: code.pick(">", a, b, a, b))
-
-
-@word(places("v", "v"))
-def vsqrt(code: Code, v: ir.Value) -> ir.Value:
-    """Square root."""
-    return code.call(f"llvm.sqrt.{code.name}", code.vector, [v])
-
-
-@word(places("v", "v"))
-def vexp(code: Code, v: ir.Value) -> ir.Value:
-    """exp(v) with a relative error below 4e-7 (float32; 1.5e-7 for |v| < 10) or 1e-13 (float64);
-    NaN stays.
-    exp(v) = 2^n exp(r), n = round(v / ln 2). Adding 1.5 2^23 (float64: 2^52) leaves n in the low
-    bits of the sum, which, with the exponent's bias in it, are shifted to make 2^(n - 1): half of
-    2^n, so that the largest results do not overflow early. Below 2^-126 (2^-1022) it gives 0, up
-    to a factor of sqrt(2).
-    """
-    mantissa, bias, low, high = (23, 126, -87.4, 88.8) if code.bits == 32 else (
-        52, 1022, -708.4, 709.8)  # fmt: skip
-    v = code.pick(">", code.constant(low), v, code.constant(low), v)
-    v = code.pick("<", code.constant(high), v, code.constant(high), v)
-    magic = code.constant(1.5 * 2**mantissa + bias)
-    n = code.fma(v, code.constant(1 / math.log(2)), magic)
-    shift = code.integers(mantissa)
-    scale = code.builder.shl(code.builder.bitcast(n, code.integer), shift)
-    scale = code.builder.bitcast(scale, code.vector)
-    n = code.binary("fsub", n, magic)
-    r = v
-    for part in LN2:
-        r = code.fma(n, code.constant(-part), r)
-    *others, last = EXP[code.bits]
-    power = code.constant(2 * last)
-    for coefficient in reversed(others):
-        power = code.fma(power, r, code.constant(2 * coefficient))
-    return code.binary("fmul", power, scale)
 
 
 def _swapped(code: Code, a: ir.Value, b: ir.Value, step: int) -> tuple[ir.Value, ir.Value]:

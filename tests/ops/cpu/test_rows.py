@@ -16,7 +16,7 @@ from tests.op_cases import assert_close, normal, some_targets
 
 ROWS = [1, 6]
 CHANNELS = [1, 7, 16, 33, 128, 384]
-VOCABS = [1, 3, 27, 66, 1000]
+VOCABS = [1, 3, 27, 66, 1000, 9000]
 SCRATCH = 1 << 21
 
 

@@ -18,21 +18,25 @@ from gpu_microgpt.ops.cpu.vector import (  # noqa: E402
     keep,
     keep_below,
     keep_from,
+    lane_of,
     lanes,
     load,
     load_some,
+    quotient,
     splat,
     store,
     store_some,
     transpose,
     transpose_some,
     vexp,
+    vlog,
     vmax,
     vmax_of,
     vmin,
     vsqrt,
     vsum,
     where_greater,
+    with_lane,
 )
 
 NAN = float("nan")
@@ -203,3 +207,68 @@ def test_transposition_of_a_corner(dtype, missing):
 def test_places_are_contiguous_floats(array):
     with pytest.raises(numba.TypingError):
         horizontal(np.zeros(2, np.float32), array)
+
+
+@compiled
+def logs(y, x):
+    for j in range(0, x.size, lanes(x)):
+        store(y, j, vlog(load(x, j)))
+
+
+def test_log_over_the_whole_range(dtype):
+    low, high, error = (-87, 88.7, 3e-7) if dtype == "float32" else (-708, 709.7, 5e-16)
+    x = np.exp(np.linspace(low, high, 1 << 16))
+    x = np.concatenate([x, np.linspace(0.5, 2, 1 << 16), [1] * 16]).astype(dtype)
+    y = np.empty(x.size, dtype)
+    logs(y, x)
+    expected = np.log(x.astype(np.longdouble))
+    assert (y[-16:] == 0).all()
+    others = expected != 0
+    assert np.abs(y[others] / expected[others] - 1).max() < error
+
+
+def test_log_at_its_ends(dtype):
+    x = np.full(16, 1, dtype)
+    x[:3] = np.inf, NAN, np.finfo(dtype).tiny
+    y = np.empty(16, dtype)
+    logs(y, x)
+    assert np.array_equal(y[:2], x[:2], equal_nan=True)
+    assert y[2] == pytest.approx(np.log(float(x[2])), rel=1e-6)
+
+
+@compiled
+def quotients(y, u, v):
+    for j in range(0, y.size, lanes(y)):
+        store(y, j, quotient(load(u, j), load(v, j)))
+
+
+def test_quotient(dtype):
+    size = 1 << 14
+    u, exponents = normal(dtype, size), normal(dtype, size, seed=1)
+    v = np.exp(8 * exponents)
+    u[:4] = 0, -0.0, NAN, 1e30
+    y = np.empty(size, dtype)
+    quotients(y, u, v)
+    expected = u.astype(np.longdouble) / v
+    assert np.isnan(y[2])
+    u[2], y[2], expected[2] = 0, 0, 0
+    assert (y[u == 0] == 0).all()
+    some = u != 0
+    assert np.abs(y[some] / expected[some] - 1).max() < (3e-7 if dtype == "float32" else 4e-16)
+
+
+@compiled
+def with_lanes(out, x, count):
+    v, u = splat(out, 0), load(x, 0)
+    for i in range(count):
+        v = with_lane(v, i, lane_of(u, i))
+    store(out, 0, v)
+
+
+def test_a_lane_at_a_time(dtype):
+    x = normal(dtype, width(dtype))
+    for count in range(width(dtype) + 1):
+        out = np.full(width(dtype), NAN, dtype)
+        with_lanes(out, x, count)
+        assert np.array_equal(out[:count], x[:count])
+        assert (out[count:] == 0).all()
