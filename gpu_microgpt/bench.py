@@ -21,7 +21,7 @@ from . import bench_runs
 from .bench_jax import ONE_THREAD, JaxTrainee
 from .bench_ours import measure_training, measure_writing, timed
 from .bench_report import PIN, UNPINNED, machine, markdown, summary
-from .bench_rows import ROWS, Row, chosen_peers, chosen_rows
+from .bench_rows import ROWS, SCAN, Row, chosen_peers, chosen_rows
 from .bench_setting import Setting, Trainee, time_training
 from .bench_torch_cpu import TorchTrainee
 from .bench_torch_cpu import measure_writing as measure_torch_writing
@@ -136,7 +136,8 @@ def _measure_ours(setting: Setting, seconds: float, shares: bool) -> dict[str, A
 def _peer(setting: Setting, engine: str) -> Trainee:
     package, _, form = engine.partition("-")
     if package == "torch":
-        return TorchTrainee(setting, compiled=form == "compile")
+        small = setting.row.together == SCAN
+        return TorchTrainee(setting, form == "compile", whole=form == "compile" and small)
     return JaxTrainee(setting, scan=form == "scan")
 
 

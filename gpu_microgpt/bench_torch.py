@@ -98,6 +98,11 @@ class TorchStep:
         loss, norm = self._figures
         return float(loss), float(norm)
 
+    def set_rate(self, rate: float) -> None:
+        """Of the next steps, where they are not captured."""
+        for group in self.update.param_groups:
+            group["lr"] = rate
+
     def capture(self, first: int) -> None:
         """Put the step into a CUDA graph, behind a warm-up on the batches from `first` on."""
         torch = self._torch
@@ -143,23 +148,28 @@ class TorchStep:
         return loss.detach(), norm
 
     def _loss(self, tokens: Any, targets: Any) -> Any:
-        functional, dims, weights = self._torch.nn.functional, self.dims, self.weights
-        size, length = tokens.shape
+        return loss_of(self._torch, self.dims, self.weights, tokens, targets)
 
-        def norm(x: Any) -> Any:
-            return functional.rms_norm(x, (dims.n_embd,), eps=1e-5)
 
-        x = norm(functional.embedding(tokens, weights["wte"]) + weights["wpe"][:length])
-        for i in range(dims.n_layer):
-            qkv = functional.linear(norm(x), weights[f"{i}.wqkv"])
-            q, k, v = qkv.view(size, length, 3, dims.n_head, -1).permute(2, 0, 3, 1, 4)
-            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            y = y.transpose(1, 2).reshape(size, length, dims.n_embd)
-            x = x + functional.linear(y, weights[f"{i}.attn_wo"])
-            hidden = functional.relu(functional.linear(norm(x), weights[f"{i}.mlp_fc1"]))
-            x = x + functional.linear(hidden, weights[f"{i}.mlp_fc2"])
-        logits = functional.linear(x, weights["lm_head"]).flatten(0, 1)[:, : dims.vocab_size]
-        return functional.cross_entropy(logits.float(), targets.reshape(-1), ignore_index=-1)
+def loss_of(torch: Any, dims: Dims, weights: Mapping[str, Any], tokens: Any, targets: Any) -> Any:
+    """Mean cross-entropy in nats over targets that are not -1; tokens, targets (S, T) int64."""
+    functional = torch.nn.functional
+    size, length = tokens.shape
+
+    def norm(x: Any) -> Any:
+        return functional.rms_norm(x, (dims.n_embd,), eps=1e-5)
+
+    x = norm(functional.embedding(tokens, weights["wte"]) + weights["wpe"][:length])
+    for i in range(dims.n_layer):
+        qkv = functional.linear(norm(x), weights[f"{i}.wqkv"])
+        q, k, v = qkv.view(size, length, 3, dims.n_head, -1).permute(2, 0, 3, 1, 4)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = y.transpose(1, 2).reshape(size, length, dims.n_embd)
+        x = x + functional.linear(y, weights[f"{i}.attn_wo"])
+        hidden = functional.relu(functional.linear(norm(x), weights[f"{i}.mlp_fc1"]))
+        x = x + functional.linear(hidden, weights[f"{i}.mlp_fc2"])
+    logits = functional.linear(x, weights["lm_head"]).flatten(0, 1)[:, : dims.vocab_size]
+    return functional.cross_entropy(logits.float(), targets.reshape(-1), ignore_index=-1)
 
 
 class GpuPeers:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from .bench_setting import Setting, fused
-from .bench_torch import Form, TorchStep, import_torch
+from .bench_torch import Form, TorchStep, import_torch, loss_of
+from .config import OptimizerConfig
 
 HEAT = 1.0  # of the softmax that is drawn from
 
@@ -19,34 +20,90 @@ class TorchTrainee:
     """Forward, backward, clipping, fused Adam on the CPU.
 
     Eager on batches padded to their longest sequence. Compiled, shapes are fixed: padded to
-    block_size; and so is the update, in one graph of its own.
+    block_size; with `whole` the update, too, is in the one graph, which pays for small models.
     """
 
-    def __init__(self, setting: Setting, compiled: bool) -> None:
+    def __init__(self, setting: Setting, compiled: bool, whole: bool = False) -> None:
         """Take weights and batches. Raises UserError without PyTorch."""
         torch = self._torch = import_torch()
         set_threads(torch, setting.config.threads)
         narrow, length = setting.row.narrow, setting.dims.block_size if compiled else 0
         form = Form(compiled=compiled, block_size=length, autocast=narrow)
-        self._step = TorchStep(
-            setting.dims, setting.config.optimizer, setting.weights, setting.batches, form
-        )
-        self._rate = setting.rate
-        self.positions = float(np.mean([tokens.numel() for tokens, _ in self._step.batches]))
-        how = "whole step compiled" if compiled else "eager"
+        optimizer, self._rate = setting.config.optimizer, setting.rate
+        step = TorchStep(setting.dims, optimizer, setting.weights, setting.batches, form)
+        self._step: Any = TorchGraph(step, optimizer) if whole else step
+        self.positions = float(np.mean([tokens.numel() for tokens, _ in step.batches]))
+        graph = "whole step in one compiled graph" if whole else "forward and backward compiled"
         precision = "bfloat16 autocast" if narrow else "float32"
-        threads = torch.get_num_threads()
-        self.name = f"PyTorch {torch.__version__} {how}, {precision}, {_threads(threads)}"
+        self.name = (
+            f"PyTorch {torch.__version__}, {graph if compiled else 'eager'}, {precision}, "
+            f"{_threads(torch.get_num_threads())}"
+        )
 
     def steps(self, first: int, count: int) -> np.ndarray[Any, Any]:
         """As a Trainee's."""
         losses = []
         for step in range(first, first + count):
-            for group in self._step.update.param_groups:
-                group["lr"] = self._rate(step)
+            self._step.set_rate(self._rate(step))
             self._step.run(step - 1)
             losses.append(self._step.figures()[0])
         return np.array(losses)
+
+
+class TorchGraph:
+    """A step's work as one graph: loss, gradients by torch.func, clipping, Adam in place."""
+
+    def __init__(self, step: TorchStep, optimizer: OptimizerConfig) -> None:
+        """Go on with the weights and batches of `step`, which is not used itself any more."""
+        torch = self._torch = import_torch()
+        self._batches, self._dims, self._optimizer = step.batches, step.dims, optimizer
+        self._weights = {name: weight.detach() for name, weight in step.masters.items()}
+        self._m, self._v = (
+            {name: torch.zeros_like(w) for name, w in self._weights.items()} for _ in range(2)
+        )
+        self._compiled = torch.compile(self._work, fullgraph=True, dynamic=False)
+        self._narrow, self._rate, self._done = step.form.autocast, 0.0, 0
+        self._loss: Any = torch.tensor(np.nan)
+
+    def set_rate(self, rate: float) -> None:
+        """Of the next step."""
+        self._rate = rate
+
+    def run(self, number: int) -> None:
+        """Do a step on batch `number`, modulo their count."""
+        self._done += 1
+        b1, b2 = self._optimizer.betas
+        tensor, done = self._torch.tensor, self._done
+        scalars = [tensor(x) for x in (self._rate, 1 - b1**done, 1 - b2**done)]
+        batch = self._batches[number % len(self._batches)]
+        with self._torch.no_grad():
+            self._loss = self._compiled(self._weights, self._m, self._v, *batch, *scalars)
+
+    def figures(self) -> tuple[float, float]:
+        """As a TorchStep's; the norm is not given."""
+        return float(self._loss), float("nan")
+
+    def _work(
+        self, weights: Any, m: Any, v: Any, tokens: Any, targets: Any, rate: Any, c1: Any, c2: Any
+    ) -> Any:
+        torch, config = self._torch, self._optimizer
+        b1, b2 = config.betas
+
+        def loss(weights: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self._narrow):
+                return loss_of(torch, self._dims, weights, tokens, targets)
+
+        grads, value = torch.func.grad_and_value(loss)(weights)
+        if config.grad_clip:
+            norm = torch.sqrt(sum((g * g).sum() for g in grads.values()))
+            scale = torch.clamp(config.grad_clip / (norm + 1e-6), max=1.0)
+            grads = {name: g * scale for name, g in grads.items()}
+        for name, g in grads.items():
+            m[name].lerp_(g, 1 - b1)
+            v[name].mul_(b2).addcmul_(g, g, value=1 - b2)
+            weights[name].mul_(1 - rate * config.weight_decay)
+            weights[name].sub_(rate / c1 * m[name] / ((v[name] / c2).sqrt() + config.eps))
+        return value
 
 
 class TorchWriter:
