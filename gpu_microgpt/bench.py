@@ -63,9 +63,7 @@ def _measured(
         return dict(before[0])
     job = {"row": name, "engine": engine, "seconds": seconds, "shares": shares}
     print(f"{name}: {engine} ...", file=sys.stderr)
-    done = subprocess.run(
-        _command(job), capture_output=True, text=True, env=_environment(ROWS[name], engine)
-    )
+    done = _child(job, _environment(ROWS[name], engine))
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         if engine in ("ours", UNPINNED):
@@ -73,6 +71,10 @@ def _measured(
         return {"refused": last}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def _child(job: Mapping[str, Any], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_command(job), capture_output=True, text=True, env=environment)
 
 
 def _command(job: Mapping[str, Any]) -> list[str]:
