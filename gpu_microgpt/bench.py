@@ -20,7 +20,7 @@ from typing import Any
 from . import bench_runs
 from .bench_jax import ONE_THREAD, JaxTrainee
 from .bench_ours import measure_training, measure_writing, timed
-from .bench_report import PIN, UNPINNED, machine, markdown, summary
+from .bench_report import PIN, UNPINNED, machine, markdown, summary, told
 from .bench_rows import ROWS, SCAN, Row, chosen_peers, chosen_rows
 from .bench_setting import Setting, Trainee, time_training
 from .bench_torch_cpu import TorchTrainee
@@ -46,10 +46,13 @@ def bench(
         fast = [*pinned, *peers] if row.kind in ("train", "generate") else peers
         engines = ["ours", *(peer for peer in fast if peer == UNPINNED or row.measures(peer))]
         runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        setting = Setting(row)
         for number in range(1 if row.kind == "compile" else rounds):
             for engine in engines:
-                runs[engine].append(_measured(name, engine, seconds, number == 0, runs[engine]))
-        report["results"].append(summary(name, row, Setting(row), runs))
+                found = _measured(name, engine, seconds, number == 0, runs[engine])
+                runs[engine].append(found)
+                print(f"{name}: {engine} {told(row, setting, found)}", file=sys.stderr)
+        report["results"].append(summary(name, row, setting, runs))
         _write(report, out)
     return markdown(report)
 
@@ -57,12 +60,11 @@ def bench(
 def _measured(
     name: str, engine: str, seconds: float, shares: bool, before: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """One measurement, told on stderr; what could not be done is not tried again. Raises UserError
-    where ours fails."""
+    """One measurement; what could not be done is not tried again. Raises UserError where ours
+    fails."""
     if before and "refused" in before[0]:
         return dict(before[0])
     job = {"row": name, "engine": engine, "seconds": seconds, "shares": shares}
-    print(f"{name}: {engine} ...", file=sys.stderr)
     done = _child(job, _environment(ROWS[name], engine))
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]

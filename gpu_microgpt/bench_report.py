@@ -51,12 +51,20 @@ def figure(row: Row, setting: Setting, run: Mapping[str, Any]) -> float:
     )
 
 
+def told(row: Row, setting: Setting, run: Mapping[str, Any]) -> str:
+    """One measurement in a few words."""
+    if "refused" in run:
+        return f"not measured: {run['refused']}"
+    return f"{figure(row, setting, run):.4g} {row.unit}"
+
+
 def summary(
     name: str, row: Row, setting: Setting, runs: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, Any]:
     """Medians over the rounds of {engine: its measurements}. Raises UserError where engines do not
     compute the same."""
-    done = {engine: found for engine, found in runs.items() if "refused" not in found[0]}
+    refusals = {e: run["refused"] for e, found in runs.items() for run in found if "refused" in run}
+    done = {engine: found for engine, found in runs.items() if engine not in refusals}
     values = {e: [figure(row, setting, run) for run in found] for e, found in done.items()}
     result: dict[str, Any] = {
         "row": name, "title": row.title, "unit": row.unit, "corpus": setting.corpus.name,
@@ -68,12 +76,12 @@ def summary(
             more = _engine(done[UNPINNED], values[UNPINNED])
             result[UNPINNED] = more | _work(row, setting, done[UNPINNED])
     else:
-        result["refused"] = runs["ours"][0]["refused"]
+        result["refused"] = refusals["ours"]
     for engine in runs:
         if engine in ("ours", UNPINNED):
             continue
         if engine not in done:
-            result["peers"][engine] = {"refused": runs[engine][0]["refused"]}
+            result["peers"][engine] = {"refused": refusals[engine]}
             continue
         peer = result["peers"][engine] = _engine(done[engine], values[engine])
         if "ours" in done:

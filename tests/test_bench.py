@@ -15,7 +15,7 @@ from gpu_microgpt import bench as measuring
 from gpu_microgpt import bench_runs
 from gpu_microgpt.backend import choose
 from gpu_microgpt.bench_ours import OurTrainee
-from gpu_microgpt.bench_report import PIN, UNPINNED, markdown, summary
+from gpu_microgpt.bench_report import PIN, UNPINNED, markdown, summary, told
 from gpu_microgpt.bench_rows import LOSS, MEAN, ROWS, Row, chosen_peers, chosen_rows
 from gpu_microgpt.bench_setting import BATCHES, Setting, padded, time_training
 from gpu_microgpt.cli import main
@@ -91,7 +91,7 @@ def test_medians_and_ratios(setting):
         "ours": [ran(1.0, ops={"linear": 0.75, "adamw": 0.25}), ran(4.0), ran(2.0)],
         UNPINNED: [ran(1.0, sgemm_gflops=400.0)] * 3,
         "torch": [ran(10.0), ran(8.0), ran(30.0)],
-        "jax": [{"refused": "no such processor"}] * 3,
+        "jax": [ran(1.0), {"refused": "no such processor"}, ran(1.0)],
     }
     result = summary("tiny", setting.row, setting, runs)
     assert result["value"] == 500  # 2 ms for 4 samples
@@ -269,6 +269,11 @@ def test_what_the_backend_refuses_is_no_failure(tmp_path, monkeypatch):
     monkeypatch.setattr("gpu_microgpt.bench_ours.choose", choose_none)
     job = {"row": "tiny", "engine": "ours", "seconds": 0, "shares": False}
     assert measuring.measure(job) == {"refused": "dtype: got bf16, this CPU has no AVX512_BF16"}
+
+
+def test_what_is_told_on_the_way(setting):
+    assert told(setting.row, setting, ran(2.0)) == "500 us/sample"
+    assert told(setting.row, setting, {"refused": "no"}) == "not measured: no"
 
 
 def test_environments(monkeypatch):
