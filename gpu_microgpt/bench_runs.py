@@ -137,8 +137,7 @@ def _narrow_runs(config: Config) -> list[tuple[str, ...]]:
 def measure_memory(setting: Setting) -> dict[str, Any]:
     """Largest resident memory of a short run with everything in it: steps, histograms, held-out
     loss, samples, checkpoint."""
-    if not hasattr(os, "wait4"):
-        raise BackendError("this system does not say")
+    _check_memory_is_told()
     short = (f"train.steps={MEMORY_STEPS}", "train.histogram_interval=6", "train.eval_batches=4")
     return {"megabytes": run_training([*_arguments(setting), *short]).megabytes}
 
@@ -148,6 +147,7 @@ def measure_peer(row: Row, command: Sequence[str]) -> dict[str, Any]:
     ended = run(command)
     said: dict[str, Any] = json.loads(ended.output.splitlines()[-1])
     if row.kind == "memory":
+        _check_memory_is_told()
         return said | {"megabytes": ended.megabytes}
     return said | {
         "seconds": said["done_at"] - ended.began if row.kind == "start" else ended.seconds
@@ -162,6 +162,12 @@ def peer_process(trainee: Trainee, setting: Setting) -> dict[str, Any]:
         return found | {"loss": mean_of_last(losses), "steps": len(losses)}
     trainee.steps(1, 1 if setting.row.kind == "start" else MEMORY_STEPS)
     return found | {"done_at": time.time()}
+
+
+def _check_memory_is_told() -> None:
+    """Raise BackendError where it is not."""
+    if not hasattr(os, "wait4"):
+        raise BackendError("this system does not say how much memory a process took")
 
 
 def _arguments(setting: Setting) -> list[str]:

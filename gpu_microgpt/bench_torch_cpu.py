@@ -132,7 +132,7 @@ class TorchWriter:
         return tokens
 
     def _logits(self, token: Any, position: int) -> Any:
-        """(1, V) of what follows the token at this position."""
+        """(1, V - 1) of what follows the token at this position; BOS, the last, is not drawn."""
         functional, dims, weights = self._torch.nn.functional, self.dims, self.weights
 
         def norm(x: Any) -> Any:
@@ -150,7 +150,7 @@ class TorchWriter:
             x = x + functional.linear(y.reshape(1, dims.n_embd), weights[f"{i}.attn_wo"])
             hidden = functional.relu(functional.linear(norm(x), weights[f"{i}.mlp_fc1"]))
             x = x + functional.linear(hidden, weights[f"{i}.mlp_fc2"])
-        return functional.linear(x, weights["lm_head"])
+        return functional.linear(x, weights["lm_head"])[:, :-1]
 
 
 def measure_writing(

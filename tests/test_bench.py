@@ -210,6 +210,32 @@ def test_a_real_measurement(setting):
     assert found["losses"] == OurTrainee(setting, backend).steps(1, 4).tolist()
 
 
+class Clocked:
+    """A trainee whose steps take 0.25 s by a clock of its own, but for some slow ones."""
+
+    name, positions = "clocked", 7.0
+
+    def __init__(self) -> None:
+        self.now, self.done = 0.0, 0
+
+    def steps(self, first: int, count: int) -> Any:
+        assert first == self.done + 1
+        self.done += count
+        self.now += count * (0.25 if self.done > 8 else 100.0)  # the first two looks warm up
+        return np.arange(first, first + count) / 8
+
+
+def test_time_is_of_a_step_and_without_the_warm_up(monkeypatch):
+    clocked = Clocked()
+    monkeypatch.setattr("gpu_microgpt.bench_setting.time.perf_counter", lambda: clocked.now)
+    found = time_training(clocked, 4, 5.0)
+    assert found["ms"] == 250
+    assert found["steps"] == 20  # 5 s
+    assert clocked.done == 28
+    assert found["losses"] == [0.125, 0.25, 0.375, 0.5]
+    assert (found["engine"], found["positions"]) == ("clocked", 7.0)
+
+
 def test_padding_leaves_the_batch_as_it_was(setting):
     batch = setting.batches[0]
     for block_size in (0, 16):
