@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -82,6 +82,30 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     ):
         shown = "" if default is None else f" ({default})"
         group.add_argument(flag, type=kind, default=default, metavar=metavar, help=meaning + shown)
+
+
+def add_measuring(
+    parser: argparse.ArgumentParser, rows: Iterable[str], peers: Iterable[str]
+) -> None:
+    """What to measure, and how long: rows, against (lists), rounds, seconds, out."""
+    for flag, metavar, meaning in (
+        ("--rows", "ROW,...", f"which ({', '.join(rows)}); all"),
+        ("--against", "PEER,...", f"also measure these: {', '.join(peers)}"),
+    ):
+        parser.add_argument(flag, type=_list, default=[], metavar=metavar, help=meaning)
+    for flag, kind, default, meaning in (
+        ("--rounds", number(int, 1), 3, "how often the engines take turns"),
+        ("--seconds", number(float, 0), 2.0, "time for one measurement of a step"),
+    ):
+        parser.add_argument(
+            flag, type=kind, default=default, metavar="N", help=f"{meaning} ({default:g})"
+        )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write cpu.json and cpu.md there")
+
+
+def _list(text: str) -> list[str]:
+    """Names between commas."""
+    return [name for name in text.split(",") if name]
 
 
 def number(

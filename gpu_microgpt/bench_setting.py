@@ -1,74 +1,133 @@
-"""The benchmark's cases, made ready the same way for every engine that is measured."""
+"""A row of the CPU's benchmark made ready the same for every engine, and how a step is timed."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, Protocol
 
+import numpy as np
+
+from .bench_rows import Row
 from .config import Config
 from .data.batch import Batch
 from .data.corpus import load_corpus
 from .data.dataset import Dataset
 from .dims import Dims
-from .errors import UserError
 from .params import initial_weights
 from .rng import Stream, normal
+from .schedule import learning_rate
 
-WARM_UP, BATCHES = 3, 32
-
-# a shipped config and what differs from it
-CASES: dict[str, tuple[str, list[str]]] = {
-    "names-d16": ("names", []),
-    "names-d32": ("names", ["model.n_embd=32"]),
-    "names-d64": ("names", ["model.n_embd=64"]),
-    "names-d128": ("names", ["model.n_embd=128"]),
-    "nanogpt-cpu": ("shakespeare", ["model.block_size=64", "train.batch_size=12"]),
-    "shakespeare": ("shakespeare", []),
-    "baby-gpt": ("baby_gpt", []),
-}
+BATCHES = 64  # that peers are given beforehand and take in turn
+WARM_UP, LEAST = 2, 3  # looks at the clock: not counted, and counted at least
+COMPARED = 4  # first losses, to be the same for all engines
 
 
 class Setting:
-    """A case made ready: config, sizes, batches and initial weights, the same for every engine."""
+    """Config, sizes, data, initial weights."""
 
-    def __init__(self, case: str, overrides: Sequence[str] = ()) -> None:
-        """Read the corpus and make the batches. Raises UserError for an unknown case."""
-        if case not in CASES:
-            raise UserError(f"{case}: no such case; wanted one of {', '.join(CASES)}")
-        name, differ = CASES[case]
-        # a rate that no size diverges at: the subnormal numbers that follow slow products down
-        same = ["backend=numpy", "optimizer.lr=1e-4", "schedule.min_lr=0"]
-        self.config = Config.load(name, [*differ, *same, *overrides])
+    def __init__(self, row: Row) -> None:
+        """Read the corpus. Raises UserError for a row that cannot be."""
+        self.row, self.config = row, Config.load(row.config, row.overrides())
         quiet: Callable[[str], None] = lambda line: None  # noqa: E731
         self.corpus = load_corpus(self.config.data, log=quiet)
-        dataset = Dataset.build(self.config, self.corpus, log=quiet)
-        self.batches: list[Batch] = [dataset.train.batch(step) for step in range(BATCHES)]
-        self.dims = Dims.of(self.config.model, dataset.tokenizer.vocab_size)
-        draws = self.config.model.init_std * normal(
-            self.config.seed, Stream.INIT, self.dims.num_params
-        )
-        self.weights = initial_weights(self.dims, draws, self.config.model.scale_residual_init)
+        self.dataset = Dataset.build(self.config, self.corpus, log=quiet)
+        self.dims = Dims.of(self.config.model, self.dataset.tokenizer.vocab_size)
+        config = self.config
+        draws = config.model.init_std * normal(config.seed, Stream.INIT, self.dims.num_params)
+        self.weights = initial_weights(self.dims, draws, config.model.scale_residual_init)
+        self.steps = config.train.steps or 0  # rows count steps, not epochs
 
-    def rows(self) -> float:
-        """Mean positions a step."""
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Of the first steps, of all where the row trains to an end."""
+        count = self.steps if self.row.kind == "loss" else BATCHES
+        return [self.dataset.train.batch(step) for step in range(count)]
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step counted from 1."""
+        return learning_rate(self.config.schedule, self.config.optimizer.lr, step - 1, self.steps)
+
+    def positions(self) -> float:
+        """Mean real positions a step."""
         return statistics.fmean(len(batch.tokens) for batch in self.batches)
 
     def flops(self) -> float:
-        """Mean floating-point operations a step."""
-        return statistics.fmean(
-            self.dims.train_flops(len(b.tokens), len(b.tokens) / (len(b.layout.offsets) - 1))
-            for b in self.batches
-        )
+        """Mean floating-point operations a step on them."""
+        size = self.config.train.batch_size
+        return self.dims.train_flops(self.positions(), self.positions() / size)
 
 
-def timed(run: Callable[[int], None], seconds: float) -> list[float]:
-    """Seconds of each call, after a warm-up, at least five and until the time is over."""
-    for number in range(1, 1 + WARM_UP):
-        run(number)
+class Trainee(Protocol):
+    """A model in training, by whichever engine."""
+
+    name: str  # one line: what computes
+    positions: float  # mean positions a step works on, padding among them
+
+    def steps(self, first: int, count: int) -> np.ndarray[Any, Any]:
+        """Do steps `first`, counted from 1, to first + count - 1; their losses (count,) float64 in
+        nats a token, waited for."""
+
+
+def time_training(trainee: Trainee, together: int, seconds: float) -> dict[str, Any]:
+    """Time a step: `together` steps between two looks at the clock, whose last thing is to have the
+    losses; `ms` is the median."""
+    losses: list[float] = []
+
+    def steps() -> None:
+        losses.extend(trainee.steps(len(losses) + 1, together).tolist())
+
+    steps()
+    first_at = time.time()
+    for _ in range(WARM_UP - 1):
+        steps()
     times: list[float] = []
-    while len(times) < 5 or sum(times) < seconds:
+    busy = time.process_time()
+    while len(times) < LEAST or sum(times) < seconds:
         start = time.perf_counter()
-        run(1 + WARM_UP + len(times))
+        steps()
         times.append(time.perf_counter() - start)
-    return times
+    busy = time.process_time() - busy
+    return {
+        "ms": 1e3 * statistics.median(times) / together,
+        "steps": together * len(times),
+        "losses": losses[:COMPARED],
+        "positions": trainee.positions,
+        "cores": busy / sum(times),
+        "engine": trainee.name,
+        "first_at": first_at,
+    }
+
+
+def train_to_end(trainee: Trainee, setting: Setting) -> list[float]:
+    """All steps of a row that trains to an end; their losses."""
+    losses: list[float] = []
+    while len(losses) < setting.steps:
+        count = min(setting.row.together, setting.steps - len(losses))
+        losses.extend(trainee.steps(len(losses) + 1, count).tolist())
+    return losses
+
+
+def padded(batch: Batch, block_size: int = 0) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Tokens and targets (S, T) int64, padded to block_size or the batch's longest sequence; target
+    -1 there."""
+    lengths = np.diff(batch.layout.offsets)
+    tokens = np.zeros((len(lengths), block_size or lengths.max()), np.int64)
+    targets = np.full(tokens.shape, -1, np.int64)
+    inside = np.arange(tokens.shape[1]) < lengths[:, None]
+    tokens[inside], targets[inside] = batch.tokens, batch.targets
+    return tokens, targets
+
+
+def fused(weights: Mapping[str, np.ndarray[Any, Any]], dims: Dims) -> dict[str, Any]:
+    """float32 copies with q, k, v as one matrix, as a framework's user would have them: wte, wpe,
+    lm_head, and of each layer I.wqkv, I.attn_wo, I.mlp_fc1, I.mlp_fc2; all (out, in)."""
+    joined = {name: weights[name] for name in ("wte", "wpe", "lm_head")}
+    for i in range(dims.n_layer):
+        parts = [weights[f"layer{i}.attn_{w}"] for w in ("wq", "wk", "wv")]
+        joined[f"{i}.wqkv"] = np.concatenate(parts)
+        for name in ("attn_wo", "mlp_fc1", "mlp_fc2"):
+            joined[f"{i}.{name}"] = weights[f"layer{i}.{name}"]
+    return {name: array.astype(np.float32) for name, array in joined.items()}

@@ -1,15 +1,15 @@
 """The same model and step in PyTorch, to be measured against; needs `torch` installed.
 
-On the CPU eager and in float32. On a GPU in bfloat16 as its fast training scripts have it: weights
-in bfloat16 beside float32 ones that a fused, capturable AdamW updates, the vocabulary padded so
-that products have whole tiles, batches on the device beforehand; eager, compiled, or compiled with
-the whole step (forward, backward, clipping, update) in one CUDA graph.
+On the CPU in float32 or under autocast, eager or compiled (bench_torch_cpu.py). On a GPU in
+bfloat16 as its fast training scripts have it: weights in bfloat16 beside float32 ones that a fused,
+capturable AdamW updates, the vocabulary padded so that products have whole tiles, batches on the
+device beforehand; eager, compiled, or compiled with the whole step (forward, backward, clipping,
+update) in one CUDA graph.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .bench_setting import Setting, timed
+from .bench_setting import fused, padded
 from .config import OptimizerConfig
 from .data.batch import Batch
 from .dims import Dims
@@ -26,25 +26,6 @@ from .errors import UserError
 WARM_UP = 3  # steps before a capture, as PyTorch advises; as many are looked at
 
 Weights = Mapping[str, np.ndarray[Any, Any]]
-
-
-def measure_torch(setting: Setting, seconds: float) -> dict[str, Any]:
-    """Time PyTorch's step on all cores; {"ms": median, "loss": of the first step, ...}."""
-    torch = import_torch()
-    step = TorchStep(setting.dims, setting.config.optimizer, setting.weights, setting.batches)
-    losses: list[float] = []
-
-    def run(number: int) -> None:
-        step.run(number)
-        losses.append(step.figures()[0])
-
-    run(0)
-    times = timed(run, seconds)
-    return {
-        "ms": 1e3 * statistics.median(times),
-        "loss": losses[0],
-        "engine": f"PyTorch {torch.__version__} eager, {torch.get_num_threads()} threads",
-    }
 
 
 @dataclass(frozen=True)
@@ -56,6 +37,7 @@ class Form:
     narrow: bool = False  # bfloat16 beside float32 weights, and padded rows
     pad_vocab: int = 0  # rows of lm_head; 0: as many as there are tokens
     block_size: int = 0  # that sequences are padded to; 0: the longest of the batch
+    autocast: bool = False  # matrix products in bfloat16, on the CPU
 
 
 class TorchStep:
@@ -73,10 +55,10 @@ class TorchStep:
         torch."""
         torch = self._torch = import_torch()
         self.dims, self.form, self._clip = dims, form, optimizer.grad_clip
-        fused = _fused(weights, dims, max(form.pad_vocab, dims.vocab_size))
+        arrays = _padded_vocab(fused(weights, dims), form.pad_vocab)
         self.masters = {
             name: torch.nn.Parameter(torch.from_numpy(array).to(form.device))
-            for name, array in fused.items()
+            for name, array in arrays.items()
         }
         self.weights = self.masters
         if form.narrow:
@@ -88,15 +70,14 @@ class TorchStep:
         self._loss_of: Callable[[Any, Any], Any] = self._loss
         if form.compiled:
             self._loss_of = torch.compile(self._loss, fullgraph=True, dynamic=False)
-        on_gpu = form.device.startswith("cuda")
+        extra = {"capturable": True} if form.device.startswith("cuda") else {}
         kind = torch.optim.AdamW if optimizer.name == "adamw" else torch.optim.Adam
         self.update = kind(
             self.masters.values(), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay, **({"fused": True, "capturable": True} if on_gpu
-            else {}),
+            weight_decay=optimizer.weight_decay, fused=True, **extra,
         )  # fmt: skip
         self.batches = [
-            tuple(torch.from_numpy(a).to(form.device) for a in _padded(batch, form.block_size))
+            tuple(torch.from_numpy(a).to(form.device) for a in padded(batch, form.block_size))
             for batch in batches
         ]
         self._graph: Any = None
@@ -116,6 +97,11 @@ class TorchStep:
         for clipping."""
         loss, norm = self._figures
         return float(loss), float(norm)
+
+    def set_rate(self, rate: float) -> None:
+        """Of the next steps, where they are not captured."""
+        for group in self.update.param_groups:
+            group["lr"] = rate
 
     def capture(self, first: int) -> None:
         """Put the step into a CUDA graph, behind a warm-up on the batches from `first` on."""
@@ -147,7 +133,8 @@ class TorchStep:
         torch, norm = self._torch, math.nan
         for weight in self.weights.values():
             weight.grad = None
-        loss = self._loss_of(*batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.form.autocast):
+            loss = self._loss_of(*batch)
         loss.backward()
         masters, weights = list(self.masters.values()), list(self.weights.values())
         if self.form.narrow:
@@ -161,23 +148,28 @@ class TorchStep:
         return loss.detach(), norm
 
     def _loss(self, tokens: Any, targets: Any) -> Any:
-        functional, dims, weights = self._torch.nn.functional, self.dims, self.weights
-        size, length = tokens.shape
+        return loss_of(self._torch, self.dims, self.weights, tokens, targets)
 
-        def norm(x: Any) -> Any:
-            return functional.rms_norm(x, (dims.n_embd,), eps=1e-5)
 
-        x = norm(functional.embedding(tokens, weights["wte"]) + weights["wpe"][:length])
-        for i in range(dims.n_layer):
-            qkv = functional.linear(norm(x), weights[f"{i}.wqkv"])
-            q, k, v = qkv.view(size, length, 3, dims.n_head, -1).permute(2, 0, 3, 1, 4)
-            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            y = y.transpose(1, 2).reshape(size, length, dims.n_embd)
-            x = x + functional.linear(y, weights[f"{i}.attn_wo"])
-            hidden = functional.relu(functional.linear(norm(x), weights[f"{i}.mlp_fc1"]))
-            x = x + functional.linear(hidden, weights[f"{i}.mlp_fc2"])
-        logits = functional.linear(x, weights["lm_head"]).flatten(0, 1)[:, : dims.vocab_size]
-        return functional.cross_entropy(logits.float(), targets.reshape(-1), ignore_index=-1)
+def loss_of(torch: Any, dims: Dims, weights: Mapping[str, Any], tokens: Any, targets: Any) -> Any:
+    """Mean cross-entropy in nats over targets that are not -1; tokens, targets (S, T) int64."""
+    functional = torch.nn.functional
+    size, length = tokens.shape
+
+    def norm(x: Any) -> Any:
+        return functional.rms_norm(x, (dims.n_embd,), eps=1e-5)
+
+    x = norm(functional.embedding(tokens, weights["wte"]) + weights["wpe"][:length])
+    for i in range(dims.n_layer):
+        qkv = functional.linear(norm(x), weights[f"{i}.wqkv"])
+        q, k, v = qkv.view(size, length, 3, dims.n_head, -1).permute(2, 0, 3, 1, 4)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = y.transpose(1, 2).reshape(size, length, dims.n_embd)
+        x = x + functional.linear(y, weights[f"{i}.attn_wo"])
+        hidden = functional.relu(functional.linear(norm(x), weights[f"{i}.mlp_fc1"]))
+        x = x + functional.linear(hidden, weights[f"{i}.mlp_fc2"])
+    logits = functional.linear(x, weights["lm_head"]).flatten(0, 1)[:, : dims.vocab_size]
+    return functional.cross_entropy(logits.float(), targets.reshape(-1), ignore_index=-1)
 
 
 class GpuPeers:
@@ -257,27 +249,8 @@ def import_torch() -> Any:
     return torch
 
 
-def _fused(named: Weights, dims: Dims, vocab_rows: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Weights with q, k, v as one matrix, as a PyTorch user would have them, and rows of zeros
-    below lm_head; float32 copies."""
-    fused = {name: named[name] for name in ("wte", "wpe")}
-    more = np.zeros((vocab_rows - dims.vocab_size, dims.n_embd))
-    fused["lm_head"] = np.concatenate([named["lm_head"], more])
-    for i in range(dims.n_layer):
-        parts = [named[f"layer{i}.attn_{w}"] for w in ("wq", "wk", "wv")]
-        fused[f"{i}.wqkv"] = np.concatenate(parts)
-        for name in ("attn_wo", "mlp_fc1", "mlp_fc2"):
-            fused[f"{i}.{name}"] = named[f"layer{i}.{name}"]
-    return {name: array.astype(np.float32) for name, array in fused.items()}
-
-
-def _padded(batch: Batch, block_size: int = 0) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Tokens and targets (S, T) int64, padded to block_size or the batch's longest sequence; target
-    -1 there."""
-    offsets = batch.layout.offsets
-    lengths = np.diff(offsets)
-    tokens = np.zeros((len(lengths), block_size or lengths.max()), np.int64)
-    targets = np.full(tokens.shape, -1, np.int64)
-    inside = np.arange(tokens.shape[1]) < lengths[:, None]
-    tokens[inside], targets[inside] = batch.tokens, batch.targets
-    return tokens, targets
+def _padded_vocab(named: Weights, rows: int) -> Weights:
+    """The same with rows of zeros below lm_head, up to so many."""
+    head = named["lm_head"]
+    more = np.zeros((max(0, rows - len(head)), head.shape[1]), head.dtype)
+    return {**named, "lm_head": np.concatenate([head, more])}

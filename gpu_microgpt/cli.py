@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from .arguments import (
     BACKENDS,
     add_checkpoint,
+    add_measuring,
     add_prompt,
     add_sampling,
     add_setting,
@@ -149,27 +150,15 @@ def plot(arguments: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Measure the training step, alone or against PyTorch."""
-    from .bench import bench as measure
-    from .bench_setting import CASES
+    """Measure training and writing on the CPU, alone or against PyTorch and JAX."""
+    from .bench_rows import PEERS, ROWS
 
     parser = parser_for(bench)
-    parser.add_argument(
-        "cases", metavar="CASE", nargs="*", help=f"which ({', '.join(CASES)}); all but baby-gpt"
-    )
-    parser.add_argument(
-        "--against", metavar="PEER", help="also measure these, comma-separated: torch"
-    )
-    for flag, kind, default, meaning in (
-        ("--rounds", number(int, 1), 3, "how often the engines take turns"),
-        ("--seconds", number(float, 0), 4.0, "time for one measurement"),
-    ):
-        parser.add_argument(flag, type=kind, default=default, help=f"{meaning} ({default})")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write cpu.json and cpu.md there")
+    add_measuring(parser, ROWS, PEERS)
     args = parser.parse_intermixed_args(arguments)
-    cases = args.cases or [case for case in CASES if case != "baby-gpt"]
-    peers = args.against.split(",") if args.against else []
-    print(measure(cases, peers, args.rounds, args.seconds, args.out), end="")
+    from .bench import bench as measure
+
+    print(measure(args.rows, args.against, args.rounds, args.seconds, args.out), end="")
     return 0
 
 
