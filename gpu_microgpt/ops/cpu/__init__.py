@@ -43,7 +43,7 @@ class CompiledOps(Multiplier):
     """All operations as methods over one workspace."""
 
     products = FULL
-    attention_scratch = staticmethod(attention_scratch)
+    _attention_scratch = staticmethod(attention_scratch)
 
     embedding = embedding
     embedding_backward = embedding_backward
@@ -80,7 +80,7 @@ class NarrowOps(CompiledOps):
 
     attention = attention_narrow.attention
     attention_backward = attention_narrow.attention_backward
-    attention_scratch = staticmethod(attention_narrow.attention_scratch)
+    _attention_scratch = staticmethod(attention_narrow.attention_scratch)
 
 
 class AmxOps(NarrowOps):
@@ -104,7 +104,7 @@ def workspace_bytes(
         sum(array_bytes(shape, itemsize) for shape in shapes)
         for shapes in (
             kind.products.scratch(max(4 * c, v), 4 * c, itemsize),
-            kind.attention_scratch(rows, c, dims.n_head, t),
+            kind._attention_scratch(rows, c, dims.n_head, t),
             decode_scratch(t),
             sample_scratch(v),
         )
