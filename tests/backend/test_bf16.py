@@ -67,6 +67,15 @@ def test_auto_is_numpy_where_there_is_no_gpu(here, monkeypatch):
 
 
 @needs_numba
+def test_small_models_are_cut_into_smaller_pieces(here):
+    here("AMX")
+    narrow, plain = chosen("backend=numpy", "threads=2"), NumpyBackend("fp32", 2)
+    small, large = 32 * 256 * 5e6, 32 * 256 * 6e7
+    assert (narrow.split(32, 256, small), narrow.split(32, 256, large)) == ((2, 16), (2, 4))
+    assert plain.split(32, 256, small) == plain.split(32, 256, large) == (2, 4)
+
+
+@needs_numba
 def test_auto_dtype_stays_float32(here):
     here("AMX")
     assert ", float32, " in choose(Config.load("names", ["backend=numpy"])).describe()
