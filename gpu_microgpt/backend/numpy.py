@@ -27,7 +27,8 @@ DTYPES = {"auto": np.float32, "fp32": np.float32, "fp64": np.float64, "bf16": np
 INSTALL = "pip install 'gpu-microgpt[fast]'"
 SHARD_FLOPS = 5e8  # a smaller step loses more to the threads' hand-over than it gains
 PIECE_ROWS = 1024  # worked on at a time: enough for BLAS, few enough for the cache
-NARROW_ROWS = 512  # where products are so fast that they wait for the cache
+NARROW_ROWS = 256  # where products are so fast that they wait for the cache; unless a row takes
+ROW_FLOPS = 2e7  # more than this: large weights, which are packed anew for every piece
 
 
 class NumpyBackend:
@@ -86,7 +87,8 @@ class NumpyBackend:
         shards = min(self.threads, batch_size) if flops >= SHARD_FLOPS else 1
         self._blas_threads = self.threads // shards if flops >= SHARD_FLOPS else 1
         share = -(-batch_size // shards)
-        rows = NARROW_ROWS if self._unit else PIECE_ROWS
+        waits = self._unit and flops < ROW_FLOPS * batch_size * length
+        rows = NARROW_ROWS if waits else PIECE_ROWS
         return shards, -(-share // max(1, rows // length))
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:

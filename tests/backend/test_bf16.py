@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from gpu_microgpt.arena import array_bytes
 from gpu_microgpt.backend import choose
 from gpu_microgpt.backend import numpy as numpy_backend
 from gpu_microgpt.backend.numpy import NumpyBackend
@@ -66,6 +67,15 @@ def test_auto_is_numpy_where_there_is_no_gpu(here, monkeypatch):
 
 
 @needs_numba
+def test_small_models_are_cut_into_smaller_pieces(here):
+    here("AMX")
+    narrow, plain = chosen("backend=numpy", "threads=2"), NumpyBackend("fp32", 2)
+    small, large = 32 * 256 * 5e6, 32 * 256 * 6e7
+    assert (narrow.split(32, 256, small), narrow.split(32, 256, large)) == ((2, 16), (2, 4))
+    assert plain.split(32, 256, small) == plain.split(32, 256, large) == (2, 4)
+
+
+@needs_numba
 def test_auto_dtype_stays_float32(here):
     here("AMX")
     assert ", float32, " in choose(Config.load("names", ["backend=numpy"])).describe()
@@ -117,16 +127,14 @@ def test_only_linux_is_asked(monkeypatch):
 @needs_bf16
 @every_unit
 def test_memory_is_planned(here, unit):
-    """Every size of product fits the workspace, which it may fill."""
+    """Every product and attention fits the workspace, which it may fill."""
+    from gpu_microgpt.ops.cpu.attention_narrow import attention_scratch
     from gpu_microgpt.ops.cpu.bf16_linear import bf16_scratch
 
     here(unit)
     backend = chosen("backend=numpy")
-    for channels, vocab in ((4, 3), (20, 1000), (128, 66)):
-        planned = backend.workspace_bytes(Dims(1, 1, channels, 8, vocab), 50)
-        for outputs, inputs in (
-            (3 * channels, channels), (4 * channels, channels), (channels, 4 * channels),
-            (vocab, channels),
-        ):  # fmt: skip
-            sizes = [4 * shape[0] for shape in bf16_scratch(outputs, inputs)]
-            assert sum(-(-size // 64) * 64 for size in sizes) <= planned
+    for c, v, t in ((4, 3, 8), (20, 1000, 8), (128, 66, 8), (16, 3, 300)):
+        planned = backend.workspace_bytes(Dims(1, 1, c, t, v), 2 * t)
+        wanted = [bf16_scratch(*w) for w in ((3 * c, c), (4 * c, c), (c, 4 * c), (v, c))]
+        for shapes in (*wanted, attention_scratch(2 * t, c, 1, t)):
+            assert sum(array_bytes(shape, 4) for shape in shapes) <= planned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .attention_bf16 import LANES, hidden, turn_back
+from .attention_bf16 import LANES, turn_back
 from .bf16 import (
     SIDE,
     joined,
@@ -107,14 +107,14 @@ def _backward_tile(
             s = fma(load(dy, i * channels + d), load(y, i * channels + d), s)
         statistics[i] = -lse[i * n_head]
         statistics[SIDE + i] = -vsum(s) * scale
-    _slopes(scores, slopes, start, keys, scale, statistics, a_p, a_ds, b_ds)
+    _slopes(scores, slopes, start, scale, statistics, a_p, a_ds, b_ds)
     block_product(unit, STORE, width, SIDE, keys, a_kt, words(rows), b_ds, words(keys), dq_t, SIDE,
                   dq_t, SIDE, stage)  # fmt: skip
     turn_back(dq_t, dq, ld, width, count)
 
 
 @compiled
-def _slopes(scores, slopes, start, keys, scale, statistics, a_p, a_ds, b_ds):
+def _slopes(scores, slopes, start, scale, statistics, a_p, a_ds, b_ds):
     """The words p^T and ds^T of a tile from s^T and dp^T; statistics: -lse, -scale sum of p dp."""
     low, high = load(statistics, 0), load(statistics, LANES)
     dot, dots = load(statistics, SIDE), load(statistics, SIDE + LANES)
@@ -129,12 +129,11 @@ def _slopes(scores, slopes, start, keys, scale, statistics, a_p, a_ds, b_ds):
         ds2 = p2 * fma(load(slopes, below), scale, dot)
         ds3 = p3 * fma(load(slopes, below + LANES), scale, dots)
         if i >= start:
-            n0, n1 = hidden(i, start, keys), hidden(i, start + LANES, keys)
-            n2, n3 = hidden(i + 1, start, keys), hidden(i + 1, start + LANES, keys)
+            n0, n1 = i - start, i - start - LANES
             p0, ds0 = keep_from(p0, n0, 0), keep_from(ds0, n0, 0)
             p1, ds1 = keep_from(p1, n1, 0), keep_from(ds1, n1, 0)
-            p2, ds2 = keep_from(p2, n2, 0), keep_from(ds2, n2, 0)
-            p3, ds3 = keep_from(p3, n3, 0), keep_from(ds3, n3, 0)
+            p2, ds2 = keep_from(p2, n0 + 1, 0), keep_from(ds2, n0 + 1, 0)
+            p3, ds3 = keep_from(p3, n1 + 1, 0), keep_from(ds3, n1 + 1, 0)
         store(a_p, i * KEPT, joined(p0, p1))
         store(a_p, (i + 1) * KEPT, joined(p2, p3))
         store(a_ds, i * KEPT, joined(ds0, ds1))
