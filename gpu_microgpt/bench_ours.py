@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from .backend import Backend, choose
 from .bench_setting import LEAST, WARM_UP, Setting, time_training
 from .engine import make_engine
+from .host_step import HostEngine
 from .model import GPT
 from .params import Weights
 from .profile import Profiler
@@ -32,18 +33,20 @@ class OurTrainee:
         """Take memory, and the initial weights."""
         self.name, self.positions = backend.describe(), setting.positions()
         self._profiler = profiler or Profiler()
-        self._engine = make_engine(
+        engine = make_engine(
             _model(setting, backend), setting.config, backend, setting.dataset.train,
             setting.steps, profiler,
         )  # fmt: skip
+        assert isinstance(engine, HostEngine)
+        self.engine = engine
 
     def steps(self, first: int, count: int) -> np.ndarray[Any, Any]:
         """As a Trainee's."""
         numbers = np.arange(first, first + count)
         for step in numbers.tolist():
             with self._profiler.step(step):
-                self._engine.train(step)
-        records = self._engine.ask().records()
+                self.engine.train(step)
+        records = self.engine.ask().records()
         losses: np.ndarray[Any, Any] = records[numbers % len(records), 0]
         return losses
 
@@ -60,15 +63,21 @@ def measure_training(setting: Setting, seconds: float, shares: bool) -> dict[str
 
 
 def _op_shares(setting: Setting, backend: Backend, pace: float, seconds: float) -> dict[str, float]:
-    """Of the operations' time, largest first, over steps of their own that take about `seconds`;
-    {} where the engine has no operations to time."""
+    """Of the operations' time, largest first: those of a recorded step each alone, else in steps of
+    their own that take about `seconds`."""
     together = setting.row.together
-    looks = 1 + int(np.clip(seconds / pace, 2, 200 // together + 2))
-    profiler = Profiler(looks * together)
-    trainee = OurTrainee(setting, backend, profiler)
-    for look in range(looks):
-        trainee.steps(1 + look * together, together)
-    return {row.name: row.share for row in profiler.rows()}
+    trainee = OurTrainee(setting, backend)
+    trainee.steps(1, together)
+    times = trainee.engine.instruction_times(seconds)
+    if not times:
+        looks = 1 + int(np.clip(seconds / pace, 2, 200 // together + 2))
+        profiler = Profiler(looks * together)
+        trainee = OurTrainee(setting, backend, profiler)
+        for look in range(looks):
+            trainee.steps(1 + look * together, together)
+        times = {row.name: row.microseconds for row in profiler.rows()}
+    total = sum(times.values())
+    return {name: t / total for name, t in sorted(times.items(), key=lambda item: -item[1])}
 
 
 def measure_writing(setting: Setting, prompt: str, length: int, seconds: float) -> dict[str, Any]:

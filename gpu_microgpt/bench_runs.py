@@ -39,7 +39,7 @@ class Ended:
 
     began: float  # seconds since the epoch
     seconds: float
-    megabytes: float  # resident, at most; 0: the system does not say
+    megabytes: float  # resident, at most (but not below ours); 0: the system does not say
     output: str
     records: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl
     first_record: float = 0.0  # when it was written last, seconds since the epoch

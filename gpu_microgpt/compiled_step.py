@@ -8,7 +8,10 @@ their figures are asked for.
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
 
@@ -22,12 +25,14 @@ from .data.dataset import Split
 from .host_step import HostEngine, HostFigures
 from .model import GPT
 from .ops.cpu import CompiledOps
-from .ops.cpu.instructions import Program
+from .ops.cpu.instructions import NAMES, Program
+from .ops.cpu.play import play
 from .ops.cpu.step import score_shard, train_shard, train_steps
 from .profile import PROFILED_STEPS
 from .step import Shard, Shards
 
 CALL_FLOPS = 1e9  # of the steps of one call at least: some 10 ms, much more than a call costs
+LOOKS = 5  # at an instruction's time
 
 
 class RecordedShard:
@@ -146,6 +151,22 @@ class CompiledEngine(HostEngine):
         self._work()
         return super().ask()
 
+    def instruction_times(self, seconds: float) -> dict[str, float]:
+        """Seconds a step that the first shard's instructions take by name, each played again and
+        again on the last batch and timed alone. The weights are worth nothing afterwards."""
+        self._work()
+        recorded, pieces = self._shards.recorded[0], self._shards.pieces
+        batch = recorded.memory[1][-1]  # offsets, of the last piece
+        sequences = int(batch.argmax())
+        programs = [(recorded.passes[0], pieces), (self._update, 1)]
+        share = seconds / sum(len(program.code) for program, _ in programs)
+        times: dict[str, float] = defaultdict(float)
+        for program, often in programs:
+            for row in program.code:
+                again = partial(_play_again, program, row, int(batch[sequences]), sequences)
+                times[NAMES[row[0]]] += often * _seconds_each(again, share)
+        return dict(times)
+
     def gradients(self) -> dict[str, np.ndarray[Any, Any]]:
         """As a HostEngine's."""
         self._work()
@@ -183,6 +204,25 @@ class CompiledEngine(HostEngine):
             *r.memory, r.shard.grads.flat, r.scale, r.shard.loss, optimizer.norm, optimizer.scalars,
             rates, self.step.records, first,
         )  # fmt: skip
+
+
+def _play_again(program: Program, row: Any, rows: int, sequences: int, count: int) -> None:
+    play(program.like, np.repeat(row[None], count, axis=0), rows, sequences)
+
+
+def _seconds_each(play_again: Callable[[int], None], seconds: float) -> float:
+    """Of one of many in a row: the median of LOOKS that together take about so long."""
+    count, times = 1, []
+    while True:
+        start = time.perf_counter()
+        play_again(count)
+        taken = time.perf_counter() - start
+        if taken > seconds / LOOKS or count >= 1 << 20:
+            times.append(taken / count)
+            if len(times) == LOOKS:
+                return statistics.median(times)
+        else:
+            count *= 2
 
 
 def compiled_ops(memory: Activations) -> CompiledOps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 pytest.importorskip("numba", reason="the compiled operations need Numba")
 
 from gpu_microgpt.backend import choose
-from gpu_microgpt.compiled_step import CompiledEngine
+from gpu_microgpt.compiled_step import LOOKS, CompiledEngine, _seconds_each
 from gpu_microgpt.config import Config
 from gpu_microgpt.data.batch import gather
 from gpu_microgpt.data.corpus import load_corpus
@@ -176,6 +177,35 @@ def test_profiled_steps_are_done_one_by_one(tmp_path):
     write_text(tmp_path)
     engine, plain = (make(CompiledEngine, tmp_path, f"profile={p}") for p in ("true", "false"))
     assert train(engine).tobytes() == train(plain).tobytes()
+
+
+def test_where_the_time_goes(tmp_path, monkeypatch):
+    """Every instruction of a step is timed; pieces count as often as they are played."""
+    monkeypatch.setattr(
+        "gpu_microgpt.compiled_step._seconds_each", lambda again, seconds: again(2) or 1
+    )
+    monkeypatch.setattr("gpu_microgpt.backend.numpy.PIECE_ROWS", 16)
+    write_text(tmp_path)
+    engine = make(CompiledEngine, tmp_path, "optimizer.grad_clip=1")
+    assert train(engine, 1, 2).shape == (2, 3)
+    times, pieces, layers = engine.instruction_times(1.0), engine.step.shards.pieces, 2
+    assert pieces == 2
+    assert times["linear"] == pieces * (4 * layers + 1) == times["linear backward"]
+    assert times["attention"] == times["attention backward"] == pieces * layers
+    assert times["adamw"] == times["global norm"] == times["clip scale"] == 1
+    assert make(HostEngine, tmp_path).instruction_times(1.0) == {}
+
+
+def test_a_time_is_the_median_of_long_enough_looks():
+    asked = []
+
+    def again(count: int) -> None:
+        asked.append(count)
+        time.sleep(1e-4 * count)
+
+    assert _seconds_each(again, 0.02) == pytest.approx(1e-4, rel=0.9)
+    assert asked[-1] > asked[0] == 1
+    assert asked.count(asked[-1]) == LOOKS
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 8])

@@ -26,12 +26,19 @@ from ..reference.context import Context
 
 WIDTH = 16  # numbers of an instruction: which operation, and up to 15 of its own
 
+NAMES = (
+    "embedding", "embedding backward", "rmsnorm", "embedding rmsnorm", "add rmsnorm",
+    "rmsnorm backward", "linear", "linear backward", "relu", "relu backward", "attention",
+    "attention backward", "cache kv", "attention decode", "softmax", "softmax backward",
+    "cross-entropy", "cross-entropy backward", "add losses", "global norm", "clip scale", "adamw",
+    "sample",
+)  # fmt: skip
 (
     EMBEDDING, EMBEDDING_BACKWARD, RMSNORM, EMBEDDING_RMSNORM, ADD_RMSNORM, RMSNORM_BACKWARD,
     MULTIPLY, GRADIENTS, RELU, RELU_BACKWARD, ATTENTION, ATTENTION_BACKWARD, CACHE_KV,
     ATTENTION_DECODE, SOFTMAX, SOFTMAX_BACKWARD, CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD, ADD_LOSSES,
     GLOBAL_NORM, CLIP_SCALE, ADAMW, SAMPLE,
-) = range(23)  # fmt: skip
+) = range(len(NAMES))  # fmt: skip
 FULL, DOTS, AMX = range(3)  # what multiplies: as tile.py does, or bfloat16 on one of two units
 
 
