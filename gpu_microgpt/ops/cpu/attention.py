@@ -24,6 +24,7 @@ from typing import Any
 from ...arena import Shape
 from ...data.batch import Layout
 from ...types import Array
+from .attention_short import attend_short, attend_short_backward, is_short
 from .code import VECTOR_BYTES
 from .compile import compiled
 from .instructions import ATTENTION, ATTENTION_BACKWARD, FULL, Instructions
@@ -62,12 +63,13 @@ def attention_backward(
     """dv = p^T dy; dp = dy v^T; ds = p (dp - sum(p dp)); dq = scale ds k; dk = scale ds^T q.
 
     y_i = sum_j p_ij v_j gives dv and dp; ds is the softmax's own backward; s_ij = scale q_i k_j
-    gives dq and dk. y itself is not read: its product with dy is that sum, got while p is here.
+    gives dq and dk. y is read for short sequences only: its product with dy is that sum, else got
+    while p is here.
     """
     channels, size = dy.shape[1], len(layout.offsets) - 1
     (scratch,) = self.scratch(dy.dtype, *_scratch(channels, n_head, layout.longest))
-    arrays = (dqkv, dy, lse, qkv, layout.offsets)
-    self.do(ATTENTION_BACKWARD, len(dy), *arrays, channels, n_head, scratch, FULL, sequences=size)
+    arrays, sizes = (dqkv, dy, lse, qkv, layout.offsets), (channels, n_head)
+    self.do(ATTENTION_BACKWARD, len(dy), *arrays, *sizes, scratch, FULL, y, sequences=size)
 
 
 def attention_scratch(rows: int, channels: int, n_head: int, block_size: int) -> tuple[Shape, ...]:
@@ -90,6 +92,10 @@ def attend(
     end = int(offsets[sequences])
     for sequence in range(sequences):
         row, after = int(offsets[sequence]), int(offsets[sequence + 1])
+        if is_short(y, after - row, channels, n_head):
+            attend_short(at(y, row * channels), at(lse, row * n_head), at(qkv, row * 3 * channels),
+                         after - row, channels, n_head, scratch)  # fmt: skip
+            continue
         for start in range(0, after - row, QUERIES):
             query = row + start
             _forward_tile(at(y, query * channels), at(lse, query * n_head),
@@ -153,7 +159,7 @@ def _softmax(p: Any, w: Any, start: Any, keys: Any, scale: Any, logs: Any) -> No
 
 @compiled
 def attend_backward(
-    dqkv: Any, dy: Any, lse: Any, qkv: Any, offsets: Any, sequences: Any, channels: Any,
+    dqkv: Any, dy: Any, y: Any, lse: Any, qkv: Any, offsets: Any, sequences: Any, channels: Any,
     n_head: Any, scratch: Any,
 ) -> None:  # fmt: skip
     """Backward for all sequences."""
@@ -161,6 +167,12 @@ def attend_backward(
     for sequence in range(sequences):
         row, after = int(offsets[sequence]), int(offsets[sequence + 1])
         to = row * 3 * channels
+        if is_short(y, after - row, channels, n_head):
+            attend_short_backward(
+                at(dqkv, to), at(dy, row * channels), at(y, row * channels), at(lse, row * n_head),
+                at(qkv, to), after - row, channels, n_head, scratch,
+            )  # fmt: skip
+            continue
         for start in range(0, after - row, QUERIES):
             query = row + start
             _backward_tile(at(dqkv, to), at(dy, query * channels), at(lse, query * n_head),

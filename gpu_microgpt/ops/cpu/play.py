@@ -115,7 +115,8 @@ def _products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
     elif a[0] == ATTENTION:
         attend(p, q, r, ints(a[4]), sequences, a[5], a[6], place(like, a[7]))
     elif a[0] == ATTENTION_BACKWARD:
-        attend_backward(p, q, r, s, ints(a[5]), sequences, a[6], a[7], place(like, a[8]))
+        y, scratch = place(like, a[10]), place(like, a[8])
+        attend_backward(p, q, y, r, s, ints(a[5]), sequences, a[6], a[7], scratch)
     elif a[0] == CACHE_KV:
         owners, positions = ints(a[4]), ints(a[5])
         keep_kv(p, q, r, owners, positions, rows, a[6], a[7], a[8])

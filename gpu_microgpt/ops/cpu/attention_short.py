@@ -1,0 +1,132 @@
+"""attention.py's passes (see there for the formulas) over short sequences with small heads: channels
+along the lanes, so that a vector of a row holds several heads and nothing is transposed or packed.
+
+For D = 4 and 16 lanes a vector is four heads. A score is a product by lanes whose groups of D lanes
+are added up crosswise, which leaves a head's score in all of its D lanes: as the factor of v, or of
+q and k, is wanted there. Its exp is taken D times over; for such D that costs less than turning
+scores round.
+
+Forward: queries; the vectors of a row; keys, twice: scores and their largest, then exp, which sums
+and y take up in registers. The logs of all sums of a sequence are taken together.
+Backward: the vectors of a row; keys; queries from the key on. dk and dv of a key stay in registers,
+dq is added to in memory. lse, given one a head, is first spread over the lanes of all queries, and
+the sum of p dp is taken as the sum of dy y.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .compile import compiled
+from .vector import (
+    at,
+    fma,
+    lanes,
+    load,
+    load_some,
+    splat,
+    store,
+    store_some,
+    vexp,
+    vlog,
+    vmax,
+)
+from .vector_groups import gathered, group_sum, spread
+
+LARGEST = 96  # D times the rows of a sequence: beyond, measured, tiles of queries take less time
+
+
+@compiled
+def is_short(like: Any, rows: Any, channels: Any, n_head: Any) -> Any:
+    """Whether a sequence of so many rows is for the functions here; like: a place."""
+    width = channels // n_head
+    return (
+        rows * width <= LARGEST
+        and channels % lanes(like) == 0
+        and lanes(like) % width == 0
+        and width * n_head == channels
+    )
+
+
+@compiled
+def attend_short(
+    y: Any, lse: Any, qkv: Any, rows: Any, channels: Any, n_head: Any, scratch: Any
+) -> None:
+    """Forward for one sequence; all are places at its first row."""
+    width = channels // n_head
+    scale = 1 / math.sqrt(width)
+    sums = at(scratch, rows * lanes(y))
+    logs = at(sums, rows * n_head + lanes(y))
+    for i in range(rows):
+        for c in range(0, channels, lanes(y)):
+            q = at(qkv, i * 3 * channels + c)
+            largest, total = _query(at(y, i * channels + c), q, i, channels, width, scale, scratch)
+            head = i * n_head + c // width
+            store(logs, head, gathered(largest, width))  # what is too much, the next one covers
+            store(sums, head, gathered(total, width))
+    for i in range(0, rows * n_head, lanes(y)):
+        store_some(lse, i, load(logs, i) + vlog(load(sums, i)), rows * n_head - i)
+
+
+@compiled
+def _query(y: Any, q: Any, i: Any, channels: Any, width: Any, scale: Any, scores: Any) -> Any:
+    """y of one vector of query i; returns the largest score and the sum of exp."""
+    k = at(q, channels - i * 3 * channels)
+    v = at(k, channels)
+    x = load(q, 0) * scale
+    largest = splat(x, -math.inf)
+    for j in range(i + 1):
+        score = group_sum(x * load(k, j * 3 * channels), width)
+        store(scores, j * lanes(y), score)
+        largest = vmax(largest, score)
+    total = result = splat(x, 0)
+    for j in range(i + 1):
+        e = vexp(load(scores, j * lanes(y)) - largest)
+        total += e
+        result = fma(e, load(v, j * 3 * channels), result)
+    store(y, 0, result / total)
+    return largest, total
+
+
+@compiled
+def attend_short_backward(
+    dqkv: Any, dy: Any, y: Any, lse: Any, qkv: Any, rows: Any, channels: Any, n_head: Any,
+    scratch: Any,
+) -> None:  # fmt: skip
+    """Backward for one sequence; all are places at its first row."""
+    width = channels // n_head
+    ld, scale, heads = 3 * channels, 1 / math.sqrt(width), lanes(y) // width
+    logs = at(scratch, rows * lanes(y))
+    for c in range(0, channels, lanes(y)):
+        for i in range(rows):
+            row = i * channels + c
+            dot = group_sum(load(dy, row) * load(y, row), width) * scale
+            store(scratch, i * lanes(y), dot)
+            lows = load_some(lse, i * n_head + c // width, heads, 0)
+            store(logs, i * lanes(y), spread(lows, width))
+            store(dqkv, i * ld + c, splat(y, 0))
+        for j in range(rows):
+            to = j * ld + c
+            _key(at(dqkv, to), at(dy, j * channels + c), at(logs, j * lanes(y)), at(qkv, to),
+                 rows - j, channels, width, scale, at(scratch, j * lanes(y)))  # fmt: skip
+
+
+@compiled
+def _key(
+    dq: Any, dy: Any, logs: Any, q: Any, rows: Any, channels: Any, width: Any, scale: Any,
+    dots: Any,
+) -> None:  # fmt: skip
+    """dk and dv of one vector of a key, and its part of dq; places at its own row."""
+    ld = 3 * channels
+    k, v = load(q, channels), load(q, 2 * channels)
+    dk = dv = splat(k, 0)
+    for i in range(rows):
+        x, g = load(q, i * ld), load(dy, i * channels)
+        p = vexp(fma(group_sum(x * k, width), scale, -load(logs, i * lanes(dy))))
+        dv = fma(p, g, dv)
+        ds = p * fma(group_sum(g * v, width), scale, -load(dots, i * lanes(dy)))
+        dk = fma(ds, x, dk)
+        store(dq, i * ld, fma(ds, k, load(dq, i * ld)))
+    store(dq, channels, dk)
+    store(dq, 2 * channels, dv)
