@@ -31,7 +31,7 @@ from .ops.cpu.step import score_shard, train_shard, train_steps
 from .profile import PROFILED_STEPS
 from .step import Shard, Shards
 
-CALL_FLOPS = 1e9  # of the steps of one call at least: some 10 ms, much more than a call costs
+CALL_FLOPS = 1e9  # of one call at least: some 10 ms, much more than it costs; Ctrl-C waits for it
 LOOKS = 5  # at an instruction's time
 
 
@@ -69,12 +69,17 @@ class CompiledShards(Shards):
     """Shards whose passes are recorded."""
 
     recorded: list[RecordedShard]
+    size: int  # sequences of a batch at most
+    together: int  # of the largest batches in one call
 
     @classmethod
     def build(cls, model: GPT, config: Config, backend: Backend, training: bool = True) -> Self:
         """Take their memory and record."""
         shards = super().build(model, config, backend, training)
         count, size = len(shards.shards), config.train.batch_size
+        length = model.dims.block_size
+        shards.size = size
+        shards.together = int(1 + CALL_FLOPS // model.dims.train_flops(size * length, length))
         shards.recorded = [
             RecordedShard(shard, (i, count, shards.pieces), size)
             for i, shard in enumerate(shards.shards)
@@ -82,12 +87,13 @@ class CompiledShards(Shards):
         return shards
 
     def mean_loss(self, split: Split, limit: int = 0) -> float:
-        """As Shards.mean_loss; a call a shard for all full batches, and one for what is left."""
+        """As Shards.mean_loss; a call a shard for some full batches, and one for what is left."""
         *full, last = split.items(limit)
-        groups = [np.stack(part) for part in (full, [last]) if part]
+        groups = [full[i : i + self.together] for i in range(0, len(full), self.together)]
         total, count = 0.0, 0
-        for items in groups:
+        for items in map(np.stack, [*groups, [last]]):
             starts, lengths = split.starts[items], split.lengths[items]
+            self.check(lengths)
             self.backend.run([
                 partial(
                     score_shard, r.score.like, r.score.code, split.flat, starts, lengths, *r.memory,
@@ -98,6 +104,17 @@ class CompiledShards(Shards):
             total += sum(float(shard.loss[0]) for shard in self.shards)
             count += int(lengths.sum())
         return total / count
+
+    def check(self, lengths: np.ndarray[Any, Any]) -> None:
+        """Raise ValueError where batches of such sequences, (..., B), do not fit the memory taken:
+        compiled code would write behind it."""
+        size, longest = lengths.shape[-1], int(lengths.max())
+        length = self.shards[0].model.dims.block_size
+        if size > self.size or longest > length:
+            raise ValueError(
+                f"batch: got {size} sequences of up to {longest} rows, wanted at most "
+                f"{self.size} of {length}"
+            )
 
     def train(self, split: Split, starts: Any, lengths: Any) -> None:
         """The passes of one step's micro-batches, side by side."""
@@ -185,6 +202,7 @@ class CompiledEngine(HostEngine):
         first, count = self._waiting[0], len(self._waiting)
         self._waiting.clear()
         starts, lengths = self._split.sequences(first - 1, count)
+        self._shards.check(lengths)
         if len(self._shards.shards) == 1:
             self._steps_of_one_shard(starts, lengths, first)
         else:

@@ -28,7 +28,7 @@ from tests.run_helpers import settings, write_text
 STEPS = 23  # more than an epoch of 80 words, and no multiple of what is done together
 
 
-def make(kind: type, folder: Path, *overrides: str, shard_flops: float = 5e8) -> HostEngine:
+def make(kind: type, folder: Path, *overrides: str) -> HostEngine:
     """An engine of this kind for a tiny run."""
     config: Config = settings(folder, "kernels=compiled", "train.log_interval=10", *overrides)
     backend = choose(config)
@@ -125,6 +125,46 @@ def test_the_same_held_out_loss(kind, limit, tmp_path, monkeypatch):
         done.train(1)  # which the loss is asked of then
         ours, theirs = (e.mean_loss(e._split, limit) for e in (played, done))
         assert ours == pytest.approx(theirs, rel=1e-14)
+
+
+def test_a_held_out_loss_takes_many_calls_where_batches_are_large(tmp_path, monkeypatch):
+    """So that Ctrl-C, which is heard between calls, need not wait for all of a long text."""
+    write_text(tmp_path)
+    engines = []
+    for flops in (1e9, 1.0):
+        monkeypatch.setattr("gpu_microgpt.compiled_step.CALL_FLOPS", flops)
+        engines.append(make(CompiledEngine, tmp_path))
+    calls = []
+    for engine in engines:
+        run = engine.backend.run
+
+        def counting(tasks, run=run, engine=engine):
+            calls.append(engine)
+            run(tasks)
+
+        monkeypatch.setattr(engine.backend, "run", counting)
+    losses = [engine.mean_loss(engine._split) for engine in engines]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-14)
+    batches = len(list(engines[0]._split.items()))
+    assert batches > 2
+    assert [calls.count(engine) for engine in engines] == [2, batches]
+
+
+@pytest.mark.parametrize(
+    ("override", "got"),
+    [("train.batch_size=9", "got 9 sequences of up to 8 rows, wanted at most 4 of 8"),
+     ("model.block_size=9", "got 4 sequences of up to 9 rows, wanted at most 4 of 8")],
+)  # fmt: skip
+def test_batches_that_do_not_fit_are_refused(override, got, tmp_path):
+    """Compiled code would write behind its memory."""
+    write_text(tmp_path)
+    engine, other = make(CompiledEngine, tmp_path), make(CompiledEngine, tmp_path, override)
+    with pytest.raises(ValueError, match=got):
+        engine.mean_loss(other._split)
+    engine._split = other._split
+    engine.train(1)
+    with pytest.raises(ValueError, match=got):
+        engine.ask()
 
 
 def test_a_shard_without_sequences_adds_nothing(tmp_path, monkeypatch):

@@ -32,6 +32,14 @@ def test_clip_scale_never_enlarges(norm, scale):
     assert out[0] == scale
 
 
+@pytest.mark.parametrize("eps", [1e-8, 1e-38, 1e-40])
+def test_weights_without_gradients_stay_however_small_eps_is(dtype, eps):
+    p, (m, v, g) = np.ones(40, dtype), np.zeros((3, 40), dtype)
+    scalars = np.array([0.1, 0.15, 0.001, 1.0])
+    planned_ops(dtype, 1).adamw(p, m, v, None, g, scalars, 0.85, 0.999, eps, 0.0)
+    assert (p == 1).all()
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("clip", [1.0, 0.3])
 @pytest.mark.parametrize("size", SIZES)

@@ -21,6 +21,7 @@ from .rows import dot
 from .vector import at, fma, lanes, load, load_some, quotient, splat, store, store_some, vsqrt
 
 LEAST = 1e-12  # a smaller norm is none
+NORMAL = 2.0**-126  # the least number a `quotient` divides by, where a weight had no gradient yet
 CHUNK = 4096  # of the lanes' sums in float32 then has at most 128 terms
 
 
@@ -54,7 +55,7 @@ def adamw_flat(
     factors = (
         splat(params, beta1), splat(params, clip * (1 - beta1)),
         splat(params, beta2), splat(params, clip * math.sqrt(1 - beta2)),
-        splat(params, eps * root), splat(params, rate * root / correction1),
+        splat(params, max(eps * root, NORMAL)), splat(params, rate * root / correction1),
         splat(params, 1 - rate * weight_decay),
     )  # fmt: skip
     width = lanes(params)

@@ -1,9 +1,9 @@
 """How every function here is compiled: `@compiled`, and where the machine code is kept.
 
 Sizes are run-time values, so that one compilation per dtype serves all models, and Numba keeps its
-result on disk: in the user's cache folder, under a digest of this folder's sources. The digest is
-needed because functions of one file are compiled into those of another, while Numba looks only at
-the file a function stands in.
+result on disk: in the user's cache folder, under a digest of the sources. The digest is needed
+because functions of one file are compiled into those of another, with constants of the reference
+operations, while Numba looks only at the file a function stands in.
 """
 
 from __future__ import annotations
@@ -84,10 +84,12 @@ def cache_folder() -> Path:
 
 @cache
 def _digest() -> str:
-    """Of all sources in this folder."""
+    """Of all sources in this folder, and of the reference operations'."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    here = Path(__file__).parent
+    for folder in (here, here.parent / "reference"):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

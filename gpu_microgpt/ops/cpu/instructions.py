@@ -1,6 +1,6 @@
 """Operations as instructions: done at once, or recorded to be played later in one call.
 
-A step of a small model is a hundred calls of a microsecond each, and Python's share of a call would
+A step of a small model is dozens of calls of a microsecond each, and Python's share of a call would
 be most of it. So an operation becomes an instruction, a row of numbers: which operation, where its
 arrays lie, sizes and factors. `Instructions.do` plays it at once or, while a `Program` is recorded,
 adds it to that, and `play.py` runs a whole program in one compiled call. So model.py is written

@@ -2,8 +2,8 @@
 distribution.
 
 logits (S, V); uniforms (S,) float64; tokens (S,) int32. The same tokens as the reference draws from
-the same uniforms: exp is NumPy's own, which another approximation would not match bit for bit, and
-the sums are in float64 in the reference's order. What is compiled comes before exp and after.
+the same uniforms, but where a draw falls on the border of two: exp is `vexp`, not NumPy's. The sums
+are in float64, in the reference's order.
 
 Top-k and top-p need the likeliest in order, but seldom all V: a heap gives one after the other, so
 that k of V take V + k log V steps and no sort. What ranks behind the last one is zeroed. (Where a

@@ -18,9 +18,8 @@ becomes one of the vector's. All is generic over the dtype: it comes from the pl
 | `splat(a, x)` | x in all lanes; a is a place or a vector |
 | `u + v`, `- * /`, `-v` | by lanes; either side may be a scalar |
 | `fma(u, v, w)` | u * v + w, rounded once; scalars too, but not all three |
-| `vmax(u, v)`, `vmin(u, v)` | by lanes; v where either is NaN: give what may be NaN second |
+| `vmax(u, v)` | by lanes; v where either is NaN: give what may be NaN second |
 | `vsum(v)`, `vmax_of(v)` | one scalar of all lanes, in a fixed order |
-| `where_greater(u, v, x, y)` | x where u > v, else y (all vectors or scalars) |
 | `keep(v, m)` | v where m > 0, else 0 |
 | `with_lane(v, n, x)`, `lane_of(v, n)` | v with x in lane n; that lane; 0 <= n < lanes |
 | `keep_below(v, n, x)` | lanes < n of v, x in the rest; n may be any integer |
@@ -144,19 +143,6 @@ def vmax(code: Code, u: ir.Value, v: ir.Value) -> ir.Value:
     """u where u > v, else v."""
     u, v = _vector(code, u), _vector(code, v)
     return code.pick(">", u, v, u, v)
-
-
-@word(places("v", "**"))
-def vmin(code: Code, u: ir.Value, v: ir.Value) -> ir.Value:
-    """u where u < v, else v."""
-    u, v = _vector(code, u), _vector(code, v)
-    return code.pick("<", u, v, u, v)
-
-
-@word(places("v", "****"))
-def where_greater(code: Code, u: ir.Value, v: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
-    """x where u > v, else y."""
-    return code.pick(">", *(_vector(code, z) for z in (u, v, x, y)))
 
 
 @word(places("v", "vv"))

@@ -82,6 +82,20 @@ def test_changed_sources_have_another_folder(monkeypatch, tmp_path):
     assert after != before
 
 
+def test_changed_constants_of_the_reference_have_another_folder(monkeypatch, tmp_path):
+    """EPS of rmsnorm.py is compiled into the kernels."""
+    for name in ("cpu", "reference"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "cpu" / "compile.py"))
+    folders = set()
+    for text in ("EPS = 1e-5", "EPS = 1e-6", "EPS = 1e-5"):
+        (tmp_path / "reference" / "rmsnorm.py").write_text(text)
+        module._digest.cache_clear()
+        folders.add(module.cache_folder())
+    module._digest.cache_clear()
+    assert len(folders) == 2
+
+
 def test_constants_are_no_new_specialisation():
     double = module.compiled(_double)
 
