@@ -1,14 +1,15 @@
-"""attention.py's passes (see there for the formulas) over short sequences with small heads: channels
-along the lanes, so that a vector of a row holds several heads and nothing is transposed or packed.
+"""attention.py's passes (see there for the formulas) over short sequences with small heads:
+channels along the lanes, so that a vector of a row holds several heads and nothing is transposed or
+packed.
 
 For D = 4 and 16 lanes a vector is four heads. A score is a product by lanes whose groups of D lanes
 are added up crosswise, which leaves a head's score in all of its D lanes: as the factor of v, or of
 q and k, is wanted there. Its exp is taken D times over; for such D that costs less than turning
 scores round.
 
-Forward: the vectors of a row; queries; keys. All scores of a sequence come first, then all exp, which
-sums and y take up in registers, then the logs of all sums together: so less waits for the largest
-score of a query, which all of its exp want.
+Forward: the vectors of a row; queries; keys. All scores of a sequence come first, then all exp,
+which sums and y take up in registers, then the logs of all sums together: so less waits for the
+largest score of a query, which all of its exp want.
 Backward: the vectors of a row; keys; queries from the key on. dk and dv of a key stay in registers,
 dq is added to in memory. lse, given one a head, is first spread over the lanes of all queries, and
 the sum of p dp is taken as the sum of dy y.

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from gpu_microgpt.backend.numpy import NumpyBackend
-from gpu_microgpt.data.batch import Layout
 from gpu_microgpt.dims import Dims
 from tests.gradcheck import check_gradients
 from tests.op_cases import NAMES
