@@ -24,7 +24,7 @@ from typing import Any
 from ...arena import Shape
 from ...data.batch import Layout
 from ...types import Array
-from .attention_short import attend_short, attend_short_backward, is_short
+from .attention_short import attend_short, attend_short_backward, is_short, short_scratch
 from .code import VECTOR_BYTES
 from .compile import compiled
 from .instructions import ATTENTION, ATTENTION_BACKWARD, FULL, Instructions
@@ -80,7 +80,8 @@ def attention_scratch(rows: int, channels: int, n_head: int, block_size: int) ->
 def _scratch(channels: int, n_head: int, longest: int) -> tuple[Shape, ...]:
     """q^T, dy^T, lse^T, a number a query, p^T and ds^T; rows of a head in whole vectors."""
     width = -(-channels // n_head // LANES) * LANES
-    return (((2 * channels + n_head + 1 + 2 * longest) * QUERIES + max(longest, QUERIES) * width,),)
+    tiles = (2 * channels + n_head + 1 + 2 * longest) * QUERIES + max(longest, QUERIES) * width
+    return ((max(tiles, short_scratch(longest)),),)
 
 
 @compiled

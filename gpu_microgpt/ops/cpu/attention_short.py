@@ -1,13 +1,14 @@
-"""attention.py's passes (see there for the formulas) over short sequences with small heads: channels
-along the lanes, so that a vector of a row holds several heads and nothing is transposed or packed.
+"""attention.py's passes (see there for the formulas) over short sequences with small heads, channels
+along the lanes: a vector of a row holds several heads, and nothing is transposed or packed.
 
 For D = 4 and 16 lanes a vector is four heads. A score is a product by lanes whose groups of D lanes
 are added up crosswise, which leaves a head's score in all of its D lanes: as the factor of v, or of
 q and k, is wanted there. Its exp is taken D times over; for such D that costs less than turning
 scores round.
 
-Forward: queries; the vectors of a row; keys, twice: scores and their largest, then exp, which sums
-and y take up in registers. The logs of all sums of a sequence are taken together.
+Forward: the vectors of a row; queries; keys. All scores of a sequence come first, then all exp,
+which sums and y take up in registers, then the logs of all sums together: so less waits for the
+largest score of a query, which all of its exp want.
 Backward: the vectors of a row; keys; queries from the key on. dk and dv of a key stay in registers,
 dq is added to in memory. lse, given one a head, is first spread over the lanes of all queries, and
 the sum of p dp is taken as the sum of dy y.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .code import VECTOR_BYTES
 from .compile import compiled
 from .vector import (
     at,
@@ -34,7 +36,8 @@ from .vector import (
 )
 from .vector_groups import gathered, group_sum, spread
 
-LARGEST = 96  # D times the rows of a sequence: beyond, measured, tiles of queries take less time
+LONGEST = 32  # rows of a sequence
+LARGEST = 96  # D times its rows: beyond, measured, tiles of queries take less time
 
 
 @compiled
@@ -42,11 +45,18 @@ def is_short(like: Any, rows: Any, channels: Any, n_head: Any) -> Any:
     """Whether a sequence of so many rows is for the functions here; like: a place."""
     width = channels // n_head
     return (
-        rows * width <= LARGEST
+        rows <= min(LONGEST, LARGEST // width)
         and channels % lanes(like) == 0
         and lanes(like) % width == 0
         and width * n_head == channels
     )
+
+
+def short_scratch(longest: int) -> int:
+    """Numbers of scratch that sequences up to `longest` want at most: the scores and five vectors a
+    row, and two more."""
+    rows = min(longest, LONGEST)
+    return VECTOR_BYTES // 4 * (rows * (rows + 1) // 2 + 5 * rows + 2)
 
 
 @compiled
@@ -55,38 +65,54 @@ def attend_short(
 ) -> None:
     """Forward for one sequence; all are places at its first row."""
     width = channels // n_head
-    scale = 1 / math.sqrt(width)
-    sums = at(scratch, rows * lanes(y))
-    logs = at(sums, rows * n_head + lanes(y))
-    for i in range(rows):
-        for c in range(0, channels, lanes(y)):
-            q = at(qkv, i * 3 * channels + c)
-            largest, total = _query(at(y, i * channels + c), q, i, channels, width, scale, scratch)
-            head = i * n_head + c // width
-            store(logs, head, gathered(largest, width))  # what is too much, the next one covers
-            store(sums, head, gathered(total, width))
-    for i in range(0, rows * n_head, lanes(y)):
-        store_some(lse, i, load(logs, i) + vlog(load(sums, i)), rows * n_head - i)
+    heads = lanes(y) // width
+    tops, scores = scratch, at(scratch, rows * lanes(y))
+    logs = at(scores, rows * (rows + 1) // 2 * lanes(y))
+    sums = at(logs, (rows + 1) * lanes(y))
+    for c in range(0, channels, lanes(y)):
+        q = at(qkv, c)
+        _scores(scores, tops, q, rows, channels, width)
+        _results(at(y, c), logs, sums, scores, tops, at(q, 2 * channels), rows, channels, width)
+        for i in range(0, rows * heads, lanes(y)):
+            store(logs, i, load(logs, i) + vlog(load(sums, i)))
+        for i in range(rows):
+            store_some(lse, i * n_head + c // width, load(logs, i * heads), heads)
 
 
 @compiled
-def _query(y: Any, q: Any, i: Any, channels: Any, width: Any, scale: Any, scores: Any) -> Any:
-    """y of one vector of query i; returns the largest score and the sum of exp."""
-    k = at(q, channels - i * 3 * channels)
-    v = at(k, channels)
-    x = load(q, 0) * scale
-    largest = splat(x, -math.inf)
-    for j in range(i + 1):
-        score = group_sum(x * load(k, j * 3 * channels), width)
-        store(scores, j * lanes(y), score)
-        largest = vmax(largest, score)
-    total = result = splat(x, 0)
-    for j in range(i + 1):
-        e = vexp(load(scores, j * lanes(y)) - largest)
-        total += e
-        result = fma(e, load(v, j * 3 * channels), result)
-    store(y, 0, result / total)
-    return largest, total
+def _scores(scores: Any, tops: Any, q: Any, rows: Any, channels: Any, width: Any) -> None:
+    """Scores of one vector of all queries with the keys they see, one after the other, and each
+    query's largest."""
+    ld, scale, to = 3 * channels, 1 / math.sqrt(width), 0
+    for i in range(rows):
+        x = load(q, i * ld) * scale
+        top = splat(x, -math.inf)
+        for j in range(i + 1):
+            score = group_sum(x * load(q, j * ld + channels), width)
+            store(scores, to, score)
+            to += lanes(q)
+            top = vmax(top, score)
+        store(tops, i * lanes(q), top)
+
+
+@compiled
+def _results(
+    y: Any, logs: Any, sums: Any, scores: Any, tops: Any, v: Any, rows: Any, channels: Any,
+    width: Any,
+) -> None:  # fmt: skip
+    """y; and of each head of each query, without gaps, the largest score and the sum of exp."""
+    heads, start = lanes(y) // width, 0
+    for i in range(rows):
+        top = load(tops, i * lanes(y))
+        total = result = splat(top, 0)
+        for j in range(i + 1):
+            e = vexp(load(scores, start) - top)
+            start += lanes(y)
+            total += e
+            result = fma(e, load(v, j * 3 * channels), result)
+        store(y, i * channels, result / total)
+        store(logs, i * heads, gathered(top, width))  # what is too much, the next query covers
+        store(sums, i * heads, gathered(total, width))
 
 
 @compiled

@@ -43,9 +43,7 @@ def gathered(code: Code, v: ir.Value, d: ir.Value) -> ir.Value:
     return _shuffled(code, v, d, lambda k, size: k * size % code.lanes)
 
 
-def _shuffled(
-    code: Code, v: ir.Value, d: ir.Value, lane: Callable[[int, int], int]
-) -> ir.Value:
+def _shuffled(code: Code, v: ir.Value, d: ir.Value, lane: Callable[[int, int], int]) -> ir.Value:
     """Lane k holds lane `lane(k, d)` of v."""
     build = code.builder
     done = build.append_basic_block("group_shuffled")

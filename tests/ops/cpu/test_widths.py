@@ -16,7 +16,13 @@ from gpu_microgpt.ops.cpu.code import HAS_FMA, VECTOR_BYTES
 
 SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt"
 AVX2 = f"{SSE},+avx,+avx2,+fma,+bmi,+bmi2,+lzcnt"
-NAMES = ("test_vector.py", "test_tile.py", "test_rows.py", "test_attention.py")
+NAMES = (
+    "test_vector.py",
+    "test_tile.py",
+    "test_rows.py",
+    "test_attention.py",
+    "test_attention_short.py",
+)
 FILES = [str(Path(__file__).with_name(name)) for name in NAMES]
 
 
