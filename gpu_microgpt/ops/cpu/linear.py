@@ -32,7 +32,8 @@ from .tile import ADD, KEEP, RELU, STORE, STRIP, pack, pack_strip, product, prod
 from .vector import at, lanes
 
 # Measured with AVX-512, 48 KiB of L1 and 2 MiB of L2 cache
-FEW = 12  # rows up to which packing w costs more than it gives
+FEW = 12  # rows up to which packing w costs more than it gives, with many inputs ...
+FEWEST, PER_ROW = 3, 16  # ... and with few: so many, and a row more for every so many inputs
 SHORT = 256  # rows from which packing w for dx pays ...
 NARROW = 512  # ... and inputs C from which it does for fewer rows too
 ROWS = 128  # of x and dy for one addition to dw: a strip of x stays in L1
@@ -42,7 +43,7 @@ COLUMNS = 96  # of dy packed at a time, a multiple of the tile's rows
 @compiled
 def multiply(mode, N, F, C, y, x, w, r, panel):
     """y = x w^T, by `mode` with r (N, F). panel: C rows of a strip."""
-    if N <= FEW:
+    if min(FEW, FEWEST + C // PER_ROW) >= N:
         product_of_few(mode, N, F, C, at(x, 0), at(w, 0), at(y, 0), at(r, 0))
     else:
         product_packing(mode, N, F, C, at(x, 0), C, 1, at(w, 0), 1, C, at(y, 0), F, at(r, 0), F,
