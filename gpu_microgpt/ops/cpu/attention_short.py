@@ -1,5 +1,7 @@
-"""attention.py's passes (see there for the formulas) over short sequences with small heads, channels
-along the lanes: a vector of a row holds several heads, and nothing is transposed or packed.
+"""attention.py's passes (see there for the formulas) over short sequences with small heads.
+
+Channels lie along the lanes: a vector of a row holds several heads, and nothing is transposed or
+packed.
 
 For D = 4 and 16 lanes a vector is four heads. A score is a product by lanes whose groups of D lanes
 are added up crosswise, which leaves a head's score in all of its D lanes: as the factor of v, or of

@@ -31,20 +31,38 @@ def dots_word(step: Step) -> Any:
         code: Code, a: ir.Value, bt: ir.Value, ldb: ir.Value, n: ir.Value, k: ir.Value
     ) -> ir.Value:
         """Lane j: a (k,) times row j of bt, for j < n; rows past the last repeat it."""
-        return _dots(code, a, bt, ldb, n, k, step)
+        return _dots(code, [a], bt, ldb, n, k, step)
 
     return dots
 
 
-def _dots(
-    code: Code, a: ir.Value, bt: ir.Value, ldb: ir.Value, n: ir.Value, k: ir.Value, add: Step
-) -> ir.Value:
+@word(places("v", "aaii"))
+def row_dots(code: Code, a: ir.Value, b: ir.Value, n: ir.Value, k: ir.Value) -> ir.Value:
+    """Lane j: row j of a times row j of b, both (n, k), for j < n; rows past the last repeat it."""
+    return _dots(code, _starts(code, a, k, n), b, k, n, k, Code.fma)
+
+
+def _starts(code: Code, a: ir.Value, lda: ir.Value, n: ir.Value) -> list[ir.Value]:
+    """Where a vector's worth of rows begin, the last of n again where there are fewer."""
     build = code.builder
     last = build.sub(n, I64(1))
-    rows = []
-    for j in range(code.lanes):
-        row = build.select(build.icmp_signed("<", I64(j), last), I64(j), last)
-        rows.append(code.at(bt, build.mul(row, ldb)))
+    rows = [build.select(build.icmp_signed("<", I64(j), last), I64(j), last)
+            for j in range(code.lanes)]  # fmt: skip
+    return [code.at(a, build.mul(row, lda)) for row in rows]
+
+
+def _dots(
+    code: Code, a: list[ir.Value], bt: ir.Value, ldb: ir.Value, n: ir.Value, k: ir.Value, add: Step
+) -> ir.Value:
+    """The dot products of rows of bt with one row, a[0], or each with its own."""
+    build = code.builder
+    rows = _starts(code, bt, ldb, n)
+
+    def terms(load: Callable[[ir.Value], ir.Value], sums: list[ir.Value]) -> list[ir.Value]:
+        left = [load(start) for start in a]
+        left *= len(rows) // len(a)
+        return [add(code, x, load(row), s) for x, row, s in zip(left, rows, sums, strict=True)]
+
     names = ("dot", "dot_step", "dot_end", "dot_rest", "dotted")
     head, step, end, rest, done = (build.append_basic_block(name) for name in names)
     whole, zero = build.and_(k, I64(-code.lanes)), code.constant(0)
@@ -56,8 +74,7 @@ def _dots(
     build.cbranch(build.icmp_signed("<", at_l, whole), step, end)
 
     build.position_at_end(step)
-    x = code.load(a, at_l)
-    new = [add(code, x, code.load(row, at_l), s) for row, s in zip(rows, sums, strict=True)]
+    new = terms(lambda row: code.load(row, at_l), sums)
     at_l.add_incoming(I64(0), before)
     at_l.add_incoming(build.add(at_l, I64(code.lanes)), step)
     for s, value in zip(sums, new, strict=True):
@@ -69,9 +86,7 @@ def _dots(
     build.cbranch(build.icmp_signed("<", whole, k), rest, done)
     build.position_at_end(rest)
     mask = code.below(build.sub(k, whole))
-    x = code.load_masked(a, whole, mask, zero)
-    last_terms = [code.load_masked(row, whole, mask, zero) for row in rows]
-    with_rest = [add(code, x, term, s) for term, s in zip(last_terms, sums, strict=True)]
+    with_rest = terms(lambda row: code.load_masked(row, whole, mask, zero), sums)
     build.branch(done)
 
     build.position_at_end(done)
