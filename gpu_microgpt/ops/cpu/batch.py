@@ -36,10 +36,11 @@ def sort_by_length(lengths: Any, order: Any, edges: Any, counts: Any) -> None:
 
 
 @compiled
-def first_of_part(edges: Any, part: Any, parts: Any, before: Any) -> Any:
-    """The sequence that `part` of `parts` begins with, given that of the part before.
+def first_of_part(edges: Any, part: Any, parts: Any) -> Any:
+    """The sequence that `part` of `parts` begins with, parts being at most as many as sequences.
 
-    Nearest to an even share of the rows, but every part has a sequence, and those behind it too.
+    Nearest to an even share of the rows, but every part behind has a sequence; so has this one, as
+    what lies behind a sequence longer than a share is as long.
     """
     size = len(edges) - 1
     if part == 0 or part == parts:
@@ -50,7 +51,7 @@ def first_of_part(edges: Any, part: Any, parts: Any, before: Any) -> Any:
         after += 1
     wanted = part * rows / parts
     cut = after - (1 if wanted - edges[after - 1] < edges[after] - wanted else 0)
-    return min(max(cut, before + 1), size - (parts - part))
+    return min(cut, size - (parts - part))
 
 
 @compiled

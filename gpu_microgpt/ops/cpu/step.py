@@ -38,7 +38,7 @@ def pass_over(
         sort_by_length(lengths[batch], order[:size], edges[: size + 1], counts)
         first = 0
         for part in range(parts):
-            last = first_of_part(edges[: size + 1], part + 1, parts, first)
+            last = first_of_part(edges[: size + 1], part + 1, parts)
             if part % shards == shard:
                 rows = gather(
                     text, starts[batch], lengths[batch], order, first, last, tokens, targets,
