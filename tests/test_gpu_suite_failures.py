@@ -167,6 +167,32 @@ def test_an_earlier_report_is_kept(tmp_path, capsys):
     assert "an earlier report is now suite-2" in capsys.readouterr().out
 
 
+def test_a_part_that_hangs_says_where(tmp_path):
+    code = (
+        "import sys, time; from tests.gpu_suite import work; "
+        "work.work = lambda *_: time.sleep(60); "
+        f"sys.argv[1:] = ['tests', '--result', {str(tmp_path / 'a.json')!r}, '--seconds', '2']; "
+        "work.main()"
+    )
+    row = run(python("a", 0, code), 4, False, tmp_path)
+    said = "\n".join(row["last_lines"])
+    assert "most recent call first" in said
+    assert "in main" in said
+
+
+def test_a_crash_is_told_with_its_signal_and_its_test(tmp_path):
+    code = (
+        "import ctypes; from pathlib import Path; from tests.gpu_suite.results import Results; "
+        f"Results(Path({str(tmp_path)!r}, 'a.json'), 9).put('running', 't[gpu]'); "
+        "ctypes.string_at(0)"
+    )
+    row = run(python("a", 0, code), 5, False, tmp_path)
+    assert "; ended by SIGSEGV in t[gpu]" in line(row)
+    assert any("Segmentation fault" in said for said in row["last_lines"])
+    row = run(python("b", 0, "import os; os._exit(7)"), 5, False, tmp_path)
+    assert line(row).endswith("; exit code 7, no output")
+
+
 def test_nothing_runs_without_an_environment(tmp_path, capsys):
     parts = [python("environment", 5, "raise SystemExit(1)"), python("never", 5, "")]
     assert suite.main(["--out", str(tmp_path)], parts) == 1
@@ -206,6 +232,7 @@ def test_an_old_driver_is_one_line_and_no_more(tmp_path, monkeypatch, capsys):
     path = tmp_path / "environment.json"
     arguments = ["work", "environment", "--result", str(path), "--seconds", "9"]
     monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda seconds: None)
     with pytest.raises(NoGpuError):
         work.main()
     (said,) = json.loads(path.read_text("utf-8"))["failures"]

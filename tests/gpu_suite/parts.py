@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERRUPTED = "interrupted"  # a part that the suite was stopped in
-LAST = 15  # lines of a failed part's output that are kept
+LAST = 40  # lines of a failed part's output that are kept
 SPARE = 2.0  # a part may take so many times its share, of what parts before it left over
 ENDING = 5.0  # seconds for a killed process to go: a driver may hold on to one whose kernel hangs
 
@@ -114,6 +114,8 @@ def run(part: Part, limit: float, dry_run: bool, scratch: Path) -> dict[str, Any
     }
     if process is not None and process.poll() is None:
         row["stuck"] = process.pid
+    if code:
+        row["code"] = code
     if code != 0:
         said = log.read_text("utf-8", "replace") if log.exists() else ""
         row["last_lines"] = said.splitlines()[-LAST:]
@@ -125,6 +127,7 @@ def _environment() -> dict[str, str]:
     ours = {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # a crash says where
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever else is installed
     }
     return {**os.environ, **ours}

@@ -40,6 +40,12 @@ class Progress:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self._results.put("selected", len(session.items))
 
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._results.put("running", nodeid)
+
+    def pytest_sessionfinish(self) -> None:
+        self._results.put("running", "")
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return

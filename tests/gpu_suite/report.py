@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,9 +57,11 @@ def line(row: Row) -> str:
     results = row["results"]
     notes = [*results.get("failures", []), *results.get("skipped", [])]
     if row["status"] == "timed out":
-        notes.insert(0, f"stopped after {row['limit']:g} s")
+        notes.insert(0, f"stopped after {row['limit']:g} s" + doing(results))
+    elif row["status"] == "failed" and row.get("code", 0) < 0:
+        notes.insert(0, f"ended by {signal.Signals(-row['code']).name}" + doing(results))
     elif row["status"] == "failed" and not results.get("failures"):
-        notes.insert(0, (row.get("last_lines") or ["no output"])[-1])
+        notes.insert(0, (row.get("last_lines") or [f"exit code {row.get('code')}, no output"])[-1])
     if row["status"] == INTERRUPTED:
         notes.insert(0, "the suite was stopped here")
     if "stuck" in row:
@@ -68,6 +71,11 @@ def line(row: Row) -> str:
     return f"{row['name']}: {row['status']}, {row['seconds']:g} s" + "".join(
         f"; {note}" for note in notes
     )
+
+
+def doing(results: Row) -> str:
+    """What a part was at, where that is known."""
+    return f" in {results['running']}" if results.get("running") else ""
 
 
 def markdown(suite: Row) -> str:
