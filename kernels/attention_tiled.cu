@@ -64,6 +64,9 @@ template <class T> __device__ __forceinline__ T* at(T* x, const Job& job, int ro
            (part * n_head + job.head) * D;
 }
 
+// A row's place in the ring. Not row % ROWS: for signed numbers that takes registers more.
+__device__ __forceinline__ int in_ring(int row) { return row & (ROWS - 1); }
+
 // R rows to shared memory, by N threads; rows from `valid` on become zero. Not waited for.
 template <int R, int N> __device__ __forceinline__ void copy_rows(bf16* to, const bf16* from,
                                                                   int stride, int valid) {
@@ -229,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, D < 128 ? 3 : 2) a
     bf16* ring = shared + ROWS * D;
     auto copy = [&](int key) {
         const int valid = job.length - key;
-        bf16* to = ring + key % ROWS * D;
+        bf16* to = ring + in_ring(key) * D;
         copy_rows<TILE, N>(to, at(qkv, job, key, 3, 1, n_head), stride, valid);
         copy_rows<TILE, N>(to + ROWS * D, at(qkv, job, key, 3, 2, n_head), stride, valid);
         cp_async_commit();
@@ -248,14 +251,14 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, D < 128 ? 3 : 2) a
     uint32_t q[2][D / 16][4];
 #pragma unroll 1
     for (int key = 0; key < end; key += STEP) {
-        if (key % TILE == 0) {
+        if (in_ring(key) % TILE == 0) {
             cp_async_wait<0>();
             __syncthreads();  // these keys are there, those before are done with
             if (key + TILE < end) copy(key + TILE);
         }
         if (key == 0) load_queries<0, HELD>(q, queries, from);
         if (row >= end || key >= row + 32) continue;
-        const bf16* k = ring + key % ROWS * D;
+        const bf16* k = ring + in_ring(key) * D;
         float s[2][STEP / 8][4] = {};
         load_queries<HELD, D / 16>(q, queries, from);
         multiply(s, q, k, from);
@@ -352,7 +355,7 @@ template <bool KEYS> __device__ __forceinline__ void backward_pass(
         return want_lse ? lse[i] * LOG2E : delta[i];
     };
     auto copy = [&](int column) {
-        bf16* to = ring + column % ROWS * D;
+        bf16* to = ring + in_ring(column) * D;
         const bf16* second = KEYS ? at(dy, job, column, 1, 0, n_head)
                                   : at(qkv, job, column, 3, 2, n_head);
         const int valid = job.length - column;
@@ -377,8 +380,8 @@ template <bool KEYS> __device__ __forceinline__ void backward_pass(
     const Lane from = lane_offsets();
 #pragma unroll 1
     for (int column = begin; column < end; column += COLUMNS) {
-        if (column % TILE == 0) {
-            if (has_stat) ring_stats[!is_lse][column % ROWS + stat_column] = next_stat;
+        if (in_ring(column) % TILE == 0) {
+            if (has_stat) ring_stats[!is_lse][in_ring(column) + stat_column] = next_stat;
             cp_async_wait<0>();
             __syncthreads();  // these columns are there, those before are done with
             if (column + TILE < end) {
@@ -388,7 +391,7 @@ template <bool KEYS> __device__ __forceinline__ void backward_pass(
         }
         if (row >= end) continue;
         if (KEYS ? column + COLUMNS <= row : column >= row + 16 * TALL) continue;  // all hidden
-        const bf16* one = ring + column % ROWS * D;
+        const bf16* one = ring + in_ring(column) * D;
         const bf16* two = one + ROWS * D;
         float p[TALL][WIDE][4] = {}, ds[TALL][WIDE][4] = {};
         multiply(p, first, one, from);
@@ -401,7 +404,7 @@ template <bool KEYS> __device__ __forceinline__ void backward_pass(
             for (int n = 0; n < WIDE; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const int slot = column % ROWS + 2 * t + n * 8 + e % 2;
+                    const int slot = in_ring(column) + 2 * t + n * 8 + e % 2;
                     const int ahead_of = i * 16 + e / 2 * 8 - n * 8 - e % 2;
                     const bool hidden = KEYS ? ahead < ahead_of : ahead > ahead_of;
                     float& x = p[i][n][e];

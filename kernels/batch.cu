@@ -12,7 +12,8 @@
 //   int32 = rows = targets.
 //   in: counter (1,) int64; starts int64, lengths, table int32, a number each for a sample.
 //   One block, a thread a sample. Dynamic shared memory: for documents, 8 bytes for each of B
-//   rounded up to a power of two. Limits: B <= 4096, block_size < 2^20, fewer than 2^31 samples.
+//   rounded up to a power of two. Limits: B <= 4096, block_size < 2^20, fewer than 2^27 rows and
+//   2^31 samples.
 // batch_gather: their rows. tokens[row] = flat[source + t], targets[row] = flat[source + t + 1],
 //   positions[row] = t, all (capacity,) int32; flat uint16. Rows from offsets[B] on: 0, -1, 0.
 //   Of an empty sequence (equal offsets) nothing is read.

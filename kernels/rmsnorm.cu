@@ -11,7 +11,8 @@
 //   TEAM: its threads: 32, a warp of a block of up to 256; or 256, a block.
 //   HELD: numbers of a row that a thread holds, of each array; channels <= TEAM HELD.
 //   PACKED 1: 16 bytes an access, channels a multiple of PACK; 0: a number an access.
-// Neighbouring threads take neighbouring packs; teams stride over the rows: any grid.
+// Neighbouring threads take neighbouring packs; teams stride over the rows: any grid of fewer than
+// 2^32 threads.
 // Bytes: rmsnorm 2 arrays, embedding_rmsnorm 1 and what the caches do not hold of the tables,
 // add_rmsnorm 4, backward 3, backward_add 4; rstd beside them. The same bits every time.
 // Reference: gpu_microgpt/ops/reference/rmsnorm.py. Test: tests/cuda/test_rmsnorm.py.

@@ -14,8 +14,11 @@ from gpu_microgpt.config import Config
 from gpu_microgpt.dims import Dims
 from gpu_microgpt.errors import BackendError, DeviceError
 from gpu_microgpt.ops.cuda import workspace_bytes
+from gpu_microgpt.ops.cuda.batch import GATHER_BLOCK, MAX_BATCH, MAX_ROWS
+from gpu_microgpt.ops.cuda.context import WARP, ceil_div
 from gpu_microgpt.ops.cuda.device import KNOWN
 from gpu_microgpt.ops.cuda.gemm import GEMM_WORKSPACE
+from gpu_microgpt.ops.cuda.rmsnorm import WARPS_BLOCK
 from tests.backend import fake_cupy
 
 
@@ -155,13 +158,20 @@ def test_the_first_failure_is_the_one_that_is_told(gpu, fake):
         (["train.batch_size=4096"], None),
         (["train.batch_size=4097"], "train.batch_size: got 4,097, wanted at most 4,096"),
         (["model.block_size=1048576"], "model.block_size: got 1,048,576, wanted at most 1,048,575"),
-        (["model.block_size=262144", "train.batch_size=4096"], "train.batch_size x "
-         "model.block_size: got 1,073,741,824, wanted at most 1,073,741,823"),
+        (["model.block_size=32768", "train.batch_size=4096"], "train.batch_size x "
+         "model.block_size: got 134,217,728, wanted at most 134,217,727"),
     ],
 )  # fmt: skip
 def test_models_that_the_kernels_do_not_take(overrides, line):
     got = unsupported(Config.load("names", overrides))
     assert got == line if line is None else line in got
+
+
+def test_threads_of_the_largest_batch_are_numbered_in_32_bits():
+    threads = ceil_div((MAX_ROWS - 1) * WARP, WARPS_BLOCK) * WARPS_BLOCK
+    assert threads <= 2**32  # rmsnorm's
+    gathered = 2 * ceil_div(MAX_ROWS, GATHER_BLOCK) * GATHER_BLOCK + MAX_BATCH * GATHER_BLOCK
+    assert gathered < 2**31  # batch_gather's last place behind the last row
 
 
 def test_peaks_are_the_published_ones():

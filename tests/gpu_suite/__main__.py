@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu_suite import report
-from tests.gpu_suite.parts import BUDGET, GROUPS, PARTS, ROOT, SPARE, Part, run
+from tests.gpu_suite.parts import BUDGET, GROUPS, INTERRUPTED, PARTS, ROOT, SPARE, STOP, Part, run
 
+LEAST = 1.0  # seconds that a part is given, whatever those before it took
 DRY_BUDGET = 240.0  # seconds: slow machines may be busy with other things
 
 
@@ -38,18 +39,21 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) 
         "budget": budget,
         "parts": [],
     }
-    out = Path(wanted.out).resolve() if wanted.out else None
+    out = report.prepared(Path(wanted.out).resolve()) if wanted.out else None
     with tempfile.TemporaryDirectory(prefix="gpu_suite-") as scratch:
         spare, scale = 0.0, budget / sum(part.seconds for part in picked)
         for part in picked:
             share = scale * part.seconds
-            row = run(part, min(SPARE * share, share + spare), wanted.dry_run, Path(scratch))
-            spare = max(0.0, spare + share - row["seconds"])
+            limit = max(LEAST, min(SPARE * share, share + spare))
+            row = run(part, limit, wanted.dry_run, Path(scratch))
+            spare += share - row["seconds"]  # below zero where a killed process took its time
             suite["parts"].append(row)
             print(report.line(row), flush=True)
-            out = out or _folder(suite)
+            out = out or report.prepared(_folder(suite))
             report.write(suite, out)
-            if part.group == "environment" and row["status"] != "ok":
+            if row["status"] == INTERRUPTED:
+                break
+            if part.group == "environment" and row["status"] != "ok" and not _gpu_of(suite):
                 print("nothing else can run without what is missing", flush=True)
                 break
     print(f"written to {out}")
@@ -70,9 +74,15 @@ def commit() -> str:
     return told[0] + (" with changes" if told[1] else "")
 
 
+def _gpu_of(suite: dict[str, Any]) -> str | None:
+    """The name of the GPU that was found."""
+    name: str | None = suite["parts"][0]["results"].get("gpu", {}).get("name")
+    return name
+
+
 def _folder(suite: dict[str, Any]) -> Path:
     """Where results go if nobody says: a folder named after the GPU; anywhere without one."""
-    name = suite["parts"][0]["results"].get("gpu", {}).get("name")
+    name = _gpu_of(suite)
     if suite["dry_run"] or name is None:
         return Path(tempfile.mkdtemp(prefix="gpu_suite-"))
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -101,5 +111,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the part that is running
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, STOP)
     sys.exit(main())

@@ -8,7 +8,9 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import tomllib
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,9 +95,7 @@ def _texts(results: Results) -> None:
     lacking = [n for n in KNOWN if not any((f / f"{n}.txt").exists() for f in folders)]
     if not lacking:
         return
-    try:
-        socket.create_connection(("raw.githubusercontent.com", 443), timeout=3).close()
-    except OSError:
+    if not _reachable("raw.githubusercontent.com", 3.0):
         results.skip(
             f"{', '.join(lacking)}: neither here ({FOLDER_VARIABLE}=FOLDER) nor to be downloaded: "
             "tokens are made up, and the real run is on other text"
@@ -106,6 +106,19 @@ def _texts(results: Results) -> None:
         subprocess.run(command, cwd=ROOT, timeout=max(1.0, results.left() - 3), check=True)
     except subprocess.SubprocessError as failure:
         results.skip(f"{', '.join(lacking)}: not downloaded: {failure}")
+
+
+def _reachable(host: str, seconds: float) -> bool:
+    """Whether a server answers. On a thread, as looking up its name knows no time limit."""
+    answered = threading.Event()
+
+    def connect() -> None:
+        with suppress(OSError):
+            socket.create_connection((host, 443), timeout=seconds).close()
+            answered.set()
+
+    threading.Thread(target=connect, daemon=True).start()
+    return answered.wait(seconds)
 
 
 def _processor() -> str:

@@ -42,9 +42,17 @@ def ceilings(results: Results, dry_run: bool) -> None:
     with backend(dry_run) as cuda:
         nbytes, size = (4096, 64) if dry_run else (1 << 30, 8192)
         results.put("copy_bytes", nbytes)
-        results.put("copy_gb_s", copy_rate(cuda.gpu, nbytes))
+        note(results, "copy_gb_s", partial(copy_rate, cuda.gpu, nbytes))
         results.put("product_size", size)
-        results.put("product_tflops", product_rate(cuda, size))
+        note(results, "product_tflops", partial(product_rate, cuda, size))
+
+
+def note(results: Results, name: str, measure: Callable[[], float]) -> None:
+    """What it comes to, or why not: the next measurement goes on."""
+    try:
+        results.put(name, measure())
+    except UserError as failure:
+        results.fail(f"{name}: {first_line(failure)}")
 
 
 def setting_of(case: str, cuda: CudaBackend, dry_run: bool) -> GpuSetting:
@@ -212,7 +220,11 @@ def generation(results: Results, dry_run: bool) -> None:
             setting = setting_of(case, cuda, dry_run)
             for sequences in (1, 2) if dry_run else (1, 8, 64):
                 tokens = setting.dims.block_size - 1
-                row = write_rate(setting, cuda, sequences, tokens)
+                try:
+                    row = write_rate(setting, cuda, sequences, tokens)
+                except DeviceError as failure:
+                    results.fail(f"{case}, {sequences} texts: {first_line(failure)}")
+                    break
                 results.add("texts", {"case": case, **row})
 
 

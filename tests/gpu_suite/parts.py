@@ -11,14 +11,17 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-LAST = 15  # lines of a failed part's output that are kept
+INTERRUPTED = "interrupted"  # a part that the suite was stopped in
+LAST = 40  # lines of a failed part's output that are kept
 SPARE = 2.0  # a part may take so many times its share, of what parts before it left over
+ENDING = 5.0  # seconds for a killed process to go: a driver may hold on to one whose kernel hangs
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,33 @@ BUDGET = sum(part.seconds for part in PARTS)
 GROUPS = list(dict.fromkeys(part.group for part in PARTS))
 
 
+class Stop:
+    """A signal ends the part that is running, or else the next before it begins."""
+
+    def __init__(self) -> None:
+        self._asked = self._listening = False
+
+    def __call__(self, *_: object) -> None:
+        """Handle the signal."""
+        self._asked = True
+        if self._listening:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Raise KeyboardInterrupt in here."""
+        self._listening = True
+        try:
+            if self._asked:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._listening = False
+
+
+STOP = Stop()
+
+
 def run(part: Part, limit: float, dry_run: bool, scratch: Path) -> dict[str, Any]:
     """Run a part, for `limit` seconds at most, with a folder for its files.
 
@@ -64,28 +94,43 @@ def run(part: Part, limit: float, dry_run: bool, scratch: Path) -> dict[str, Any
         sys.executable, "-m", "tests.gpu_suite.work", part.name, "--result", str(result),
         "--seconds", f"{limit:.1f}", *(["--dry-run"] if dry_run else []),
     ]  # fmt: skip
-    start = time.monotonic()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            part.command or own, cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL,
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        code = waited_for(process, limit)
+    start, process = time.monotonic(), None
+    try:
+        with STOP.listening(), log.open("wb") as output:
+            process = subprocess.Popen(
+                part.command or own, cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            code = waited_for(process, limit)
+        status = "ok" if code == 0 else "timed out" if code is None else "failed"
+    except KeyboardInterrupt:
+        code, status = None, INTERRUPTED
     row: dict[str, Any] = {
         "name": part.name,
-        "status": "ok" if code == 0 else "timed out" if code is None else "failed",
+        "status": status,
         "seconds": round(time.monotonic() - start, 1),
         "limit": round(limit, 1),
         "results": _read(result),
     }
+    if process is not None and process.poll() is None:
+        row["stuck"] = process.pid
+    if code:
+        row["code"] = code
     if code != 0:
-        row["last_lines"] = log.read_text("utf-8", "replace").splitlines()[-LAST:]
+        said = log.read_text("utf-8", "replace") if log.exists() else ""
+        row["last_lines"] = said.splitlines()[-LAST:]
     return row
 
 
 def _environment() -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    ours = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # a crash says where
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever else is installed
+    }
+    return {**os.environ, **ours}
 
 
 def waited_for(process: subprocess.Popen[bytes], seconds: float) -> int | None:
@@ -96,9 +141,29 @@ def waited_for(process: subprocess.Popen[bytes], seconds: float) -> int | None:
     except subprocess.TimeoutExpired:
         return None
     finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill its group, and its session where that is its own; wait for it, but not for ever."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for pid in _session(process.pid):
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            os.kill(pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(ENDING)
+
+
+def _session(leader: int) -> list[int]:
+    """Processes of a session that still run, in whatever group."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(folder.name))
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import pytest
 from tests.gpu_suite.parts import ROOT, waited_for
 from tests.gpu_suite.results import Results
 
-# test bodies that run in several places are named after them: [gpu]
-ON_GPU = ("tests/cuda", "tests/cuda_on_cpu", "tests/backend", "-k", "gpu")
+ON_GPU = ("tests/cuda", "tests/cuda_on_cpu", "tests/backend")
+PLACE = "gpu"  # test bodies that run in several places are named after them: [gpu-bfloat16]
 DRY = ("tests/cuda/test_relu.py", "-k", "small and lifo")
 TOOLS = ("memcheck", "racecheck")
 DRY_STEMS = ("relu",)
@@ -27,12 +27,24 @@ NOT_HERE = "Device not supported"  # what the checker says where it cannot look 
 class Progress:
     """Counts tests as they end, so that what was done is known even of a part that was stopped."""
 
-    def __init__(self, results: Results) -> None:
+    def __init__(self, results: Results, place: str = "") -> None:
+        """`place`: leave out the tests of any other, which is most of them."""
+        self._place = place
         self._results, self._counts = results, {"passed": 0, "failed": 0, "skipped": 0}
         self._written = 0.0
 
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self._place:
+            items[:] = [item for item in items if self._place in places_of(item)]
+
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self._results.put("selected", len(session.items))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._results.put("running", nodeid)
+
+    def pytest_sessionfinish(self) -> None:
+        self._results.put("running", "")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
@@ -49,10 +61,17 @@ class Progress:
         self._results.put("counts", dict(self._counts))
 
 
+def places_of(item: pytest.Item) -> list[str]:
+    """The parameters in a test's name."""
+    return item.name.partition("[")[2].rstrip("]").split("-")
+
+
 def tests(results: Results, dry_run: bool) -> None:
     """All tests that run on a GPU."""
     os.chdir(ROOT)
-    progress = Progress(results)
+    progress = Progress(results, "" if dry_run else PLACE)
+    if not dry_run:  # what is compared with is NumPy's: Numba would compile for a minute first
+        sys.modules["numba"] = None  # type: ignore[assignment]
     options = ["-q", "-p", "no:cacheprovider", "--no-header", "-x" if dry_run else "--tb=short"]
     code = pytest.main([*(DRY if dry_run else ON_GPU), *options], plugins=[progress])
     progress.write()
@@ -87,7 +106,7 @@ def _checked(command: list[str], limit: float) -> dict[str, Any]:
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as file:  # a pipe would wait for the checker's children
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, process_group=0
         )
         code = waited_for(process, limit)
         file.seek(0)

@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.gpu_suite.parts import INTERRUPTED
 from tests.gpu_suite.targets import targets
 
+FILES = ("suite.json", "suite.md")
 STAND_IN = "stand-in: figures mean nothing"
 Row = dict[str, Any]
 
 
+def prepared(out: Path) -> Path:
+    """The folder, made, an earlier report in it renamed; or another where it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        if earlier := [out / name for name in FILES if (out / name).exists()]:
+            number = next(n for n in itertools.count(1) if not any(out.glob(f"suite-{n}.*")))
+            for path in earlier:
+                path.rename(path.with_stem(f"suite-{number}"))
+            print(f"{out}: an earlier report is now suite-{number}", flush=True)
+    except OSError as failure:
+        other = Path(tempfile.mkdtemp(prefix="gpu_suite-"))
+        print(f"{out}: {failure.strerror}; results go to {other}", flush=True)
+        return other
+    return out
+
+
 def write(suite: Row, out: Path) -> None:
-    """suite.json and suite.md, each in one piece."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("suite.json", json.dumps(suite, indent=1) + "\n"),
-        ("suite.md", markdown(suite)),
-    ):
+    """suite.json and suite.md, each in one piece; a line where that is impossible."""
+    try:
+        _write(suite, out)
+    except OSError as failure:
+        print(f"{out}: not written: {failure.strerror}", flush=True)
+
+
+def _write(suite: Row, out: Path) -> None:
+    texts = json.dumps(suite, indent=1) + "\n", markdown(suite)
+    for name, text in zip(FILES, texts, strict=True):
         partial = out / f".{name}.partial"
         partial.write_text(text, "utf-8")
         os.replace(partial, out / name)
@@ -31,14 +57,25 @@ def line(row: Row) -> str:
     results = row["results"]
     notes = [*results.get("failures", []), *results.get("skipped", [])]
     if row["status"] == "timed out":
-        notes.insert(0, f"stopped after {row['limit']:g} s")
+        notes.insert(0, f"stopped after {row['limit']:g} s" + doing(results))
+    elif row["status"] == "failed" and row.get("code", 0) < 0:
+        notes.insert(0, f"ended by {signal.Signals(-row['code']).name}" + doing(results))
     elif row["status"] == "failed" and not results.get("failures"):
-        notes.insert(0, (row.get("last_lines") or ["no output"])[-1])
+        notes.insert(0, (row.get("last_lines") or [f"exit code {row.get('code')}, no output"])[-1])
+    if row["status"] == INTERRUPTED:
+        notes.insert(0, "the suite was stopped here")
+    if "stuck" in row:
+        notes.insert(0, f"killed, but process {row['stuck']} does not end")
     if counts := results.get("counts"):
         notes.insert(0, ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     return f"{row['name']}: {row['status']}, {row['seconds']:g} s" + "".join(
         f"; {note}" for note in notes
     )
+
+
+def doing(results: Row) -> str:
+    """What a part was at, where that is known."""
+    return f" in {results['running']}" if results.get("running") else ""
 
 
 def markdown(suite: Row) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import sys
 from pathlib import Path
 
 from tests.gpu_suite.environment import environment
 from tests.gpu_suite.parts import PARTS
 from tests.gpu_suite.results import Results
+
+NOTICE = 1.5  # seconds before its end that a part which hangs says where
 
 
 def work(name: str, results: Results, dry_run: bool) -> None:
@@ -41,12 +44,15 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     wanted = parser.parse_args()
     results = Results(wanted.result, wanted.seconds)
+    faulthandler.dump_traceback_later(max(0.1, wanted.seconds - NOTICE))
     try:
         work(wanted.part, results, wanted.dry_run)
     except Exception as failure:
         said = str(failure).strip().splitlines() or ["no message"]
         results.fail(f"{type(failure).__name__}: {said[0]}")
         raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return int(results.failed)
 
 

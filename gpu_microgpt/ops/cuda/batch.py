@@ -17,7 +17,7 @@ GATHER_BLOCK = 256  # at most
 MAX_BATCH = 4096  # sequences: 12 bits of a sorted number
 MAX_LENGTH = 1 << 20
 MAX_SAMPLES = 1 << 31
-MAX_ROWS = 1 << 30
+MAX_ROWS = 1 << 27  # rmsnorm has a warp for each, and numbers threads in 32 bits
 LOW = 0xFFFFFFFF
 WORD, DOUBLE = 4, 8  # bytes of an int32, of an int64, which may start at any of them
 
