@@ -21,8 +21,8 @@ from .bf16 import SIDE, STEP
 from .code import FEATURES, I64, Code, places, word
 from .compile import compiled
 from .dots import finished
-from .tile import ADD, STORE
-from .vector import at, lanes, load, store_some
+from .tile import ADD, KEEP, RELU, STORE
+from .vector import at, keep, lanes, load, store, store_some, vmax
 
 HAS_AMX = "+amx-bf16" in FEATURES and "+amx-tile" in FEATURES
 I8 = ir.IntType(8)
@@ -110,31 +110,79 @@ def sums_store(code: Code, c: ir.Value, ldc: ir.Value) -> None:
 @word(places("-", "aia"))
 def sums_add(code: Code, a: ir.Value, lda: ir.Value, b: ir.Value) -> None:
     """Of 32 rows of a, 16 words each, and of 16 rows of a strip of b."""
+    _load_columns(code, b)
+    _load_rows(code, a, lda)
+    _multiply(code)
+
+
+@word(places("-", "aiiai"))
+def sums_add_small(
+    code: Code, a: ir.Value, lda: ir.Value, apart: ir.Value, b: ir.Value, bpart: ir.Value
+) -> None:
+    """Of three parts, so many words apart in a and in b: all products but that of the first two.
+
+    In an order in which every product but the first loads one operand: 1 3, 1 2, 2 2, 2 1, 3 1.
+    """
+    build = code.builder
+    for i, j in ((0, 2), (None, 1), (1, None), (None, 0), (2, None)):
+        if j is not None:
+            _load_columns(code, code.at(b, build.mul(bpart, I64(j))))
+        if i is not None:
+            _load_rows(code, code.at(a, build.mul(apart, I64(i))), lda)
+        _multiply(code)
+
+
+def _load_columns(code: Code, b: ir.Value) -> None:
     for k, register in enumerate(B):
         _tile(code, "tileloadd64", register, code.at(b, I64(k * STEP)), I64(4 * SIDE))
+
+
+def _load_rows(code: Code, a: ir.Value, lda: ir.Value) -> None:
     for k, register in enumerate(A):
         start = code.builder.mul(lda, I64(k * STEP))
         _tile(code, "tileloadd64", register, code.at(a, start), _bytes(code, lda))
+
+
+def _multiply(code: Code) -> None:
     for i, row in enumerate(A):
         for j, column in enumerate(B):
             _tile(code, "tdpbf16ps", 2 * i + j, row, column)
 
 
 @compiled
-def amx_block(mode, m, n, k, a, lda, b, c, ldc, r, ldr, stage):
+def amx_block(parts, mode, m, n, k, a, lda, b, ldb, c, ldc, r, ldr, stage):
     """A block of c by `mode`, of which m x n are there, from k words, whole tiles of them."""
     whole = m >= SIDE and n >= SIDE
-    if whole and mode == ADD:
+    if whole and mode == ADD and parts == 1:
         sums_load(r, ldr)
     else:
         sums_zero(c)
-    for part in range(0, k, STEP):
-        sums_add(at(a, part), lda, at(b, part * SIDE))
-    if whole and mode in (STORE, ADD):
+    if parts > 1:
+        for step in range(0, k, STEP):
+            sums_add_small(at(a, step), lda, k, at(b, step * SIDE), k * SIDE)
+    for step in range(0, k, STEP):
+        sums_add(at(a, step), lda, at(b, step * SIDE))
+    if whole and (mode == STORE or (mode == ADD and parts == 1)):
         sums_store(c, ldc)
         return
     sums_store(stage, SIDE)
     for i in range(min(m, SIDE)):
         for j in range(0, min(n, SIDE), lanes(c)):
-            s = finished(mode, load(stage, i * SIDE + j), r, i * ldr + j, n - j)
-            store_some(c, i * ldc + j, s, n - j)
+            if whole:
+                s = finished_whole(mode, load(stage, i * SIDE + j), r, i * ldr + j)
+                store(c, i * ldc + j, s)
+            else:
+                s = finished(mode, load(stage, i * SIDE + j), r, i * ldr + j, n - j)
+                store_some(c, i * ldc + j, s, n - j)
+
+
+@compiled
+def finished_whole(mode, s, r, i):
+    """`finished`, of a vector that is all there."""
+    if mode == ADD:
+        return s + load(r, i)
+    if mode == RELU:
+        return vmax(0, s)
+    if mode == KEEP:
+        return keep(s, load(r, i))
+    return s

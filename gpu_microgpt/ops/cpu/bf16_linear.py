@@ -1,8 +1,10 @@
-"""linear.py's products with operands rounded to bfloat16 and float32 sums.
+"""linear.py's products on units of bfloat16: the same functions with the same arguments after
+`unit`.
 
-The same functions with the same arguments after `unit`: AMX, or DOTS for AVX512_BF16. Operands are
-rounded on their way into packed blocks; x, w, dy stay float32 where they
-lie, and so do all results.
+AMX or DOTS (AVX512_BF16): operands are rounded to bfloat16, sums are float32. SPLIT: operands are
+three parts each (split.py), multiplied by AMX, and the product is float32's, or nearer; where it
+would not pay, linear.py's. Operands become words on their way into packed blocks; x, w, dy stay
+float32 where they lie, and so do all results.
 
 - y = x w^T, dx = dy w: all of w is packed once a call, then x or dy some rows at a time.
 - dw = dy^T x: sums over CHUNK rows; x is packed for them, dy in strips of OUTPUTS columns.
@@ -13,12 +15,16 @@ from __future__ import annotations
 from functools import cache
 
 from ...arena import Shape
-from .bf16 import SIDE, pack_columns, pack_rows, pack_strips, pack_strips_transposed, words
-from .bf16_product import STAGE, block_product, few_product, units_close, units_open
+
+from .bf16 import SIDE, STAGE, pack_columns, pack_rows, pack_strips, pack_strips_transposed, words
+from .bf16_product import block_product, few_product, parts_of, units_close, units_open
 from .compile import compiled
+from .instructions import SPLIT
+from .linear import linear_scratch
 from .tile import ADD, STORE
 from .vector import at
 
+LEAST = 1 << 20  # multiplications
 FEW = 12  # rows up to which packing w costs more than it gives
 ROWS = 128  # of x or dy packed at a time
 CHUNK = 256  # rows for one addition to dw
@@ -26,25 +32,21 @@ OUTPUTS = 64  # columns of dy packed at a time
 
 
 @compiled
-def pack_weights(w, F, C, p):
-    """w (F, C) for y = x w^T."""
-    pack_strips_transposed(at(w, 0), C, C, F, p)
-
-
-@compiled
-def pack_weights_back(w, F, C, p):
-    """w (F, C) for dx = dy w."""
-    pack_strips(at(w, 0), C, F, C, p)
+def pays(N, F, C):
+    """Whether SPLIT is faster than linear.py: whether packing is little beside the products."""
+    return N > FEW and N * F * C >= LEAST
 
 
 @compiled
 def _times_packed(unit, mode, N, K, n, y, x, packed, r, block, stage):
     """y (N, n) = x (N, K) times what is packed."""
+    parts = parts_of(unit)
+    width = parts * words(K)
     units_open(unit, stage)
     for i in range(0, N, ROWS):
         rows = min(ROWS, N - i)
-        pack_rows(at(x, i * K), K, rows, K, block)
-        block_product(unit, mode, rows, n, K, block, words(K), packed, words(K), at(y, i * n), n,
+        pack_rows(at(x, i * K), K, rows, K, parts, block)
+        block_product(unit, mode, rows, n, K, block, width, packed, width, at(y, i * n), n,
                       at(r, i * n), n, stage)  # fmt: skip
     units_close(unit, stage)
 
@@ -52,39 +54,41 @@ def _times_packed(unit, mode, N, K, n, y, x, packed, r, block, stage):
 @compiled
 def multiply(unit, mode, N, F, C, y, x, w, r, panel):
     """y = x w^T, by `mode` with r (N, F)."""
-    if N <= FEW:
+    if N <= FEW and unit != SPLIT:
         few_product(mode, N, F, C, at(x, 0), at(w, 0), at(y, 0), at(r, 0), at(panel, 0))
         return
+    parts = parts_of(unit)
     block = at(panel, STAGE)
-    packed = at(block, ROWS * words(C))
-    pack_weights(w, F, C, packed)
+    packed = at(block, ROWS * parts * words(C))
+    pack_strips_transposed(at(w, 0), C, C, F, parts, packed, panel)
     _times_packed(unit, mode, N, C, F, y, x, packed, r, block, at(panel, 0))
 
 
 @compiled
 def input_gradient(unit, mode, N, F, C, dx, dy, w, r, panel):
     """dx = dy w, by `mode` with r (N, C)."""
+    parts = parts_of(unit)
     block = at(panel, STAGE)
-    packed = at(block, ROWS * words(F))
-    pack_weights_back(w, F, C, packed)
+    packed = at(block, ROWS * parts * words(F))
+    pack_strips(at(w, 0), C, F, C, parts, packed)
     _times_packed(unit, mode, N, F, C, dx, dy, packed, r, block, at(panel, 0))
 
 
 @compiled
 def weight_gradient(unit, N, F, C, dw, dy, x, add, panel, block):
     """dw = dy^T x, or dw += it."""
-    stage, packed = at(panel, 0), at(panel, STAGE)
+    stage, packed, parts = at(panel, 0), at(panel, STAGE), parts_of(unit)
     units_open(unit, stage)
     for i in range(0, N, CHUNK):
         rows = min(CHUNK, N - i)
-        mode = ADD if add or i > 0 else STORE
-        pack_strips(at(x, i * C), C, rows, C, packed)
+        mode, width = ADD if add or i > 0 else STORE, parts * words(rows)
+        pack_strips(at(x, i * C), C, rows, C, parts, packed)
         for f in range(0, F, OUTPUTS):
             columns = min(OUTPUTS, F - f)
-            pack_columns(at(dy, i * F + f), F, columns, rows, at(block, 0))
+            pack_columns(at(dy, i * F + f), F, columns, rows, parts, at(block, 0), stage)
             c = at(dw, f * C)
-            block_product(unit, mode, columns, C, rows, at(block, 0), words(rows), packed,
-                          words(rows), c, C, c, C, stage)  # fmt: skip
+            block_product(unit, mode, columns, C, rows, at(block, 0), width, packed, width, c, C,
+                          c, C, stage)  # fmt: skip
     units_close(unit, stage)
 
 
@@ -96,13 +100,13 @@ def gradients(unit, mode, N, F, C, dx, dw, dy, x, w, add, panel, block):
 
 
 @cache
-def bf16_scratch(outputs: int, inputs: int, itemsize: int = 4) -> tuple[Shape, ...]:
+def bf16_scratch(outputs: int, inputs: int, itemsize: int = 4, parts: int = 1) -> tuple[Shape, ...]:
     """Scratch shapes of a linear, in float32: a panel of packed weights and rows of x or dy, or of
     rows of x; a block of packed dy."""
 
     def packed(k: int, n: int) -> int:
         """Words of b (k, n)."""
-        return -(-k // SIDE) * SIDE // 2 * -(-n // SIDE) * SIDE
+        return parts * -(-k // SIDE) * SIDE // 2 * -(-n // SIDE) * SIDE
 
     panel = max(
         packed(inputs, outputs) + packed(inputs, ROWS),
@@ -110,3 +114,11 @@ def bf16_scratch(outputs: int, inputs: int, itemsize: int = 4) -> tuple[Shape, .
         packed(CHUNK, inputs),
     )
     return (STAGE + panel,), (packed(CHUNK, OUTPUTS),)
+
+
+@cache
+def split_scratch(outputs: int, inputs: int, itemsize: int) -> tuple[Shape, ...]:
+    """Those of SPLIT, and of linear.py beside it."""
+    mine = bf16_scratch(outputs, inputs, itemsize, 3)
+    plain = linear_scratch(outputs, inputs, itemsize)
+    return tuple(max(sizes) for sizes in zip(mine, plain, strict=True))
