@@ -22,7 +22,7 @@ from .code import FEATURES, I64, Code, places, word
 from .compile import compiled
 from .dots import finished
 from .tile import ADD, KEEP, RELU, STORE
-from .vector import at, keep, lanes, load, store, store_some, vmax
+from .vector import at, keep, lanes, load, prefetch, store, store_some, vmax
 
 HAS_AMX = "+amx-bf16" in FEATURES and "+amx-tile" in FEATURES
 I8 = ir.IntType(8)
@@ -151,15 +151,23 @@ def _multiply(code: Code) -> None:
 
 @compiled
 def amx_block(parts, mode, m, n, k, a, lda, b, ldb, c, ldc, r, ldr, stage):
-    """A block of c by `mode`, of which m x n are there, from k words, whole tiles of them."""
+    """A block of c by `mode`, of which m x n are there, from k words, whole tiles of them.
+
+    ldb: rows of a strip of b, as many as words in a row of a, which are those of all parts.
+    """
     whole = m >= SIDE and n >= SIDE
     if whole and mode == ADD and parts == 1:
         sums_load(r, ldr)
     else:
         sums_zero(c)
+    for i in range(min(m, SIDE)):
+        for j in range(0, SIDE, lanes(c)):
+            prefetch(c, i * ldc + j)
+            if mode == ADD or mode == KEEP:
+                prefetch(r, i * ldr + j)
     if parts > 1:
         for step in range(0, k, STEP):
-            sums_add_small(at(a, step), lda, k, at(b, step * SIDE), k * SIDE)
+            sums_add_small(at(a, step), lda, lda // 3, at(b, step * SIDE), ldb // 3 * SIDE)
     for step in range(0, k, STEP):
         sums_add(at(a, step), lda, at(b, step * SIDE))
     if whole and (mode == STORE or (mode == ADD and parts == 1)):

@@ -31,7 +31,7 @@ from llvmlite import ir
 from .code import I64, Code, places, word
 from .compile import compiled
 from .split import three_parts
-from .vector import at, load, load_some, store, transpose
+from .vector import at, load, load_some, prefetch, store, transpose
 
 SIDE = 32  # rows and columns of a block of sums; also the numbers in a tile's row
 STEP = 16  # words in it, and in a vector
@@ -97,11 +97,11 @@ def words_along(a, ld, rows, columns, parts, p, ldp, apart):
     """Row i of p: the words of a[i, :32], i < 16, of which so many rows and columns are there;
     zeros after them, no row without."""
     if columns >= SIDE:
-        for i in range(min(rows, STEP)):
+        for i in range(rows):
             u, v = load(a, i * ld), load(a, i * ld + STEP)
             store_words(p, i * ldp, apart, parts, u, v)
     else:
-        for i in range(min(rows, STEP)):
+        for i in range(rows):
             u, v = load_some(a, i * ld, columns, 0), load_some(a, i * ld + STEP, columns - STEP, 0)
             store_words(p, i * ldp, apart, parts, u, v)
 
@@ -113,6 +113,8 @@ def words_across(a, ld, rows, columns, parts, p, ldp, apart):
     if rows >= SIDE and columns >= STEP:
         for i in range(STEP):
             u, v = load(a, i * ld), load(a, (i + STEP) * ld)
+            prefetch(a, (i + SIDE) * ld)
+            prefetch(a, (i + STEP + SIDE) * ld)
             store_words(p, i * ldp, apart, parts, u, v)
     else:
         for i in range(STEP):
@@ -125,18 +127,21 @@ def words_across(a, ld, rows, columns, parts, p, ldp, apart):
 def pack_rows(a, ld, m, k, parts, p):
     """p (m, parts words(k)) from a's rows."""
     width = words(k)
-    for i in range(0, m, STEP):
-        for part in range(0, k, SIDE):
-            to = at(p, i * parts * width + part // 2)
-            words_along(at(a, i * ld + part), ld, m - i, k - part, parts, to, parts * width, width)
+    whole = k // SIDE
+    for i in range(m):
+        row, to = at(a, i * ld), at(p, i * parts * width)
+        words_along(row, SIDE, whole, SIDE, parts, to, STEP, width)
+        if whole * STEP < width:
+            row, to = at(row, whole * SIDE), at(to, whole * STEP)
+            words_along(row, SIDE, 1, k - whole * SIDE, parts, to, STEP, width)
 
 
 @compiled
 def pack_columns(at_, ld, m, k, parts, p, turned):
     """p (m, parts words(k)), m made up to whole vectors, from a^T (k, m)."""
     width = words(k)
-    for part in range(0, k, SIDE):
-        for i in range(0, m, STEP):
+    for i in range(0, m, STEP):
+        for part in range(0, k, SIDE):
             words_across(at(at_, part * ld + i), ld, k - part, m - i, parts, turned, STEP, BLOCK)
             for j in range(parts):
                 to = (i * parts + j) * width + part // 2
@@ -162,7 +167,7 @@ def pack_strips_transposed(bt, ld, k, n, parts, p, turned):
     for j in range(0, n, SIDE):
         for v in range(j, j + SIDE, STEP):
             for part in range(0, k, SIDE):
-                words_along(at(bt, v * ld + part), ld, n - v, k - part, parts, turned, STEP, BLOCK)
+                words_along(at(bt, v * ld + part), ld, min(n - v, STEP), k - part, parts, turned, STEP, BLOCK)
                 for i in range(parts):
                     to = (j * parts + i * SIDE) * rows + part // 2 * SIDE + v - j
                     transpose(turned, i * BLOCK, STEP, p, to, SIDE)

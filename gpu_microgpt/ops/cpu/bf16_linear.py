@@ -21,14 +21,31 @@ from .bf16_product import block_product, few_product, parts_of, units_close, uni
 from .compile import compiled
 from .instructions import SPLIT
 from .linear import linear_scratch
-from .tile import ADD, STORE
+from .relu import pass_positive, rectify
+from .tile import ADD, KEEP, RELU, STORE
 from .vector import at
 
 LEAST = 1 << 20  # multiplications
+DEPTH = 128
 FEW = 12  # rows up to which packing w costs more than it gives
 ROWS = 128  # of x or dy packed at a time
 CHUNK = 256  # rows for one addition to dw
 OUTPUTS = 64  # columns of dy packed at a time
+
+
+@compiled
+def rows_of(parts):
+    return 32 if parts == 3 else ROWS
+
+
+@compiled
+def chunk_of(parts):
+    return 128 if parts == 3 else CHUNK
+
+
+@compiled
+def outputs_of(parts):
+    return 32 if parts == 3 else OUTPUTS
 
 
 @compiled
@@ -41,14 +58,32 @@ def pays(N, F, C):
 def _times_packed(unit, mode, N, K, n, y, x, packed, r, block, stage):
     """y (N, n) = x (N, K) times what is packed."""
     parts = parts_of(unit)
-    width = parts * words(K)
+    width, step = parts * words(K), rows_of(parts)
     units_open(unit, stage)
-    for i in range(0, N, ROWS):
-        rows = min(ROWS, N - i)
+    for i in range(0, N, step):
+        rows = min(step, N - i)
         pack_rows(at(x, i * K), K, rows, K, parts, block)
-        block_product(unit, mode, rows, n, K, block, width, packed, width, at(y, i * n), n,
-                      at(r, i * n), n, stage)  # fmt: skip
+        if parts == 1 or K <= DEPTH:
+            block_product(unit, mode, rows, n, K, block, width, packed, width, at(y, i * n), n,
+                          at(r, i * n), n, stage)  # fmt: skip
+        else:
+            _in_depth(unit, mode, rows, K, n, at(y, i * n), packed, at(r, i * n), block, stage)
     units_close(unit, stage)
+
+
+@compiled
+def _in_depth(unit, mode, rows, K, n, y, packed, r, block, stage):
+    """Some rows of y, from DEPTH numbers of x at a time."""
+    width = parts_of(unit) * words(K)
+    for k in range(0, K, DEPTH):
+        now = mode if mode == ADD else STORE
+        block_product(unit, now if k == 0 else ADD, rows, n, min(DEPTH, K - k), at(block, k // 2),
+                      width, at(packed, k // 2 * SIDE), width, y, n, r if k == 0 else y, n,
+                      stage)  # fmt: skip
+    if mode == RELU:
+        rectify(rows * n, y, y)
+    elif mode == KEEP:
+        pass_positive(rows * n, y, y, r)
 
 
 @compiled
@@ -59,7 +94,7 @@ def multiply(unit, mode, N, F, C, y, x, w, r, panel):
         return
     parts = parts_of(unit)
     block = at(panel, STAGE)
-    packed = at(block, ROWS * parts * words(C))
+    packed = at(block, rows_of(parts) * parts * words(C))
     pack_strips_transposed(at(w, 0), C, C, F, parts, packed, panel)
     _times_packed(unit, mode, N, C, F, y, x, packed, r, block, at(panel, 0))
 
@@ -69,7 +104,7 @@ def input_gradient(unit, mode, N, F, C, dx, dy, w, r, panel):
     """dx = dy w, by `mode` with r (N, C)."""
     parts = parts_of(unit)
     block = at(panel, STAGE)
-    packed = at(block, ROWS * parts * words(F))
+    packed = at(block, rows_of(parts) * parts * words(F))
     pack_strips(at(w, 0), C, F, C, parts, packed)
     _times_packed(unit, mode, N, F, C, dx, dy, packed, r, block, at(panel, 0))
 
@@ -79,12 +114,13 @@ def weight_gradient(unit, N, F, C, dw, dy, x, add, panel, block):
     """dw = dy^T x, or dw += it."""
     stage, packed, parts = at(panel, 0), at(panel, STAGE), parts_of(unit)
     units_open(unit, stage)
-    for i in range(0, N, CHUNK):
-        rows = min(CHUNK, N - i)
+    chunk, outputs = chunk_of(parts), outputs_of(parts)
+    for i in range(0, N, chunk):
+        rows = min(chunk, N - i)
         mode, width = ADD if add or i > 0 else STORE, parts * words(rows)
         pack_strips(at(x, i * C), C, rows, C, parts, packed)
-        for f in range(0, F, OUTPUTS):
-            columns = min(OUTPUTS, F - f)
+        for f in range(0, F, outputs):
+            columns = min(outputs, F - f)
             pack_columns(at(dy, i * F + f), F, columns, rows, parts, at(block, 0), stage)
             c = at(dw, f * C)
             block_product(unit, mode, columns, C, rows, at(block, 0), width, packed, width, c, C,
