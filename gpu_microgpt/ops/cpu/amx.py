@@ -17,7 +17,7 @@ from functools import cache
 
 from llvmlite import ir
 
-from .bf16 import SIDE, STEP
+from .bf16 import SIDE, STEP, TILES, strides
 from .code import FEATURES, I64, Code, places, word
 from .compile import compiled
 from .dots import finished
@@ -115,20 +115,17 @@ def sums_add(code: Code, a: ir.Value, lda: ir.Value, b: ir.Value) -> None:
     _multiply(code)
 
 
-@word(places("-", "aiiai"))
-def sums_add_small(
-    code: Code, a: ir.Value, lda: ir.Value, apart: ir.Value, b: ir.Value, bpart: ir.Value
-) -> None:
-    """Of three parts, so many words apart in a and in b: all products but that of the first two.
+@word(places("-", "aa"))
+def sums_add_small(code: Code, a: ir.Value, b: ir.Value) -> None:
+    """Of a step of three parts: all products but that of the first two.
 
     In an order in which every product but the first loads one operand: 1 3, 1 2, 2 2, 2 1, 3 1.
     """
-    build = code.builder
     for i, j in ((0, 2), (None, 1), (1, None), (None, 0), (2, None)):
         if j is not None:
-            _load_columns(code, code.at(b, build.mul(bpart, I64(j))))
+            _load_columns(code, code.at(b, I64(j * TILES)))
         if i is not None:
-            _load_rows(code, code.at(a, build.mul(apart, I64(i))), lda)
+            _load_rows(code, code.at(a, I64(i * TILES)), I64(STEP))
         _multiply(code)
 
 
@@ -150,11 +147,8 @@ def _multiply(code: Code) -> None:
 
 
 @compiled
-def amx_block(parts, mode, m, n, k, a, lda, b, ldb, c, ldc, r, ldr, stage):
-    """A block of c by `mode`, of which m x n are there, from k words, whole tiles of them.
-
-    ldb: rows of a strip of b, as many as words in a row of a, which are those of all parts.
-    """
+def amx_block(parts, mode, m, n, k, a, lda, b, c, ldc, r, ldr, stage):
+    """A block of c by `mode`, of which m x n are there, from k words, whole tiles of them."""
     whole = m >= SIDE and n >= SIDE
     if whole and mode == ADD and parts == 1:
         sums_load(r, ldr)
@@ -165,11 +159,12 @@ def amx_block(parts, mode, m, n, k, a, lda, b, ldb, c, ldc, r, ldr, stage):
             prefetch(c, i * ldc + j)
             if mode == ADD or mode == KEEP:
                 prefetch(r, i * ldr + j)
+    to_row, to_step = strides(parts, lda)
     if parts > 1:
-        for step in range(0, k, STEP):
-            sums_add_small(at(a, step), lda, lda // 3, at(b, step * SIDE), ldb // 3 * SIDE)
-    for step in range(0, k, STEP):
-        sums_add(at(a, step), lda, at(b, step * SIDE))
+        for step in range(k // STEP):
+            sums_add_small(at(a, step * to_step), at(b, step * parts * TILES))
+    for step in range(k // STEP):
+        sums_add(at(a, step * to_step), to_row, at(b, step * parts * TILES))
     if whole and (mode == STORE or (mode == ADD and parts == 1)):
         sums_store(c, ldc)
         return

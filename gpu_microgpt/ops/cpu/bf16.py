@@ -35,8 +35,8 @@ from .vector import at, load, load_some, prefetch, store, transpose
 
 SIDE = 32  # rows and columns of a block of sums; also the numbers in a tile's row
 STEP = 16  # words in it, and in a vector
-STAGE = SIDE * SIDE
-BLOCK = STEP * STEP
+STAGE = 3 * SIDE * STEP
+TILES = SIDE * STEP  # words of a step of a block of rows, or of a strip
 
 
 class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
@@ -70,12 +70,11 @@ def paired(code: Code, u: ir.Value, v: ir.Value) -> ir.Value:
     return _paired(code, u, v)
 
 
-@word(places("-", "aiiivv"))
+@word(places("-", "aiivv"))
 def store_words(
-    code: Code, p: ir.Value, i: ir.Value, apart: ir.Value, parts: ir.Value, u: ir.Value,
-    v: ir.Value,
-) -> None:  # fmt: skip
-    """Word j of p[i:i + 16]: u_j and v_j, rounded; of three parts, `apart` words from each other."""
+    code: Code, p: ir.Value, i: ir.Value, parts: ir.Value, u: ir.Value, v: ir.Value
+) -> None:
+    """Word j of p[i:i + 16]: u_j and v_j, rounded; of three parts, TILES words from each other."""
     build = code.builder
     with build.if_else(build.icmp_signed("==", parts, I64(1))) as (one, three):
         with one:
@@ -83,7 +82,7 @@ def store_words(
         with three:
             for part in three_parts(code, u, v):
                 code.store(part, p, i)
-                i = build.add(i, apart)
+                i = build.add(i, I64(TILES))
 
 
 @compiled
@@ -93,21 +92,21 @@ def words(k):
 
 
 @compiled
-def words_along(a, ld, rows, columns, parts, p, ldp, apart):
+def words_along(a, ld, rows, columns, parts, p, ldp):
     """Row i of p: the words of a[i, :32], i < 16, of which so many rows and columns are there;
     zeros after them, no row without."""
     if columns >= SIDE:
         for i in range(rows):
             u, v = load(a, i * ld), load(a, i * ld + STEP)
-            store_words(p, i * ldp, apart, parts, u, v)
+            store_words(p, i * ldp, parts, u, v)
     else:
         for i in range(rows):
             u, v = load_some(a, i * ld, columns, 0), load_some(a, i * ld + STEP, columns - STEP, 0)
-            store_words(p, i * ldp, apart, parts, u, v)
+            store_words(p, i * ldp, parts, u, v)
 
 
 @compiled
-def words_across(a, ld, rows, columns, parts, p, ldp, apart):
+def words_across(a, ld, rows, columns, parts, p, ldp):
     """Row i of p: the words of (a[i, j], a[16 + i, j]), i, j < 16, of which so many rows and
     columns are there; zeros else."""
     if rows >= SIDE and columns >= STEP:
@@ -115,59 +114,66 @@ def words_across(a, ld, rows, columns, parts, p, ldp, apart):
             u, v = load(a, i * ld), load(a, (i + STEP) * ld)
             prefetch(a, (i + SIDE) * ld)
             prefetch(a, (i + STEP + SIDE) * ld)
-            store_words(p, i * ldp, apart, parts, u, v)
+            store_words(p, i * ldp, parts, u, v)
     else:
         for i in range(STEP):
             u = load_some(a, i * ld, columns if i < rows else 0, 0)
             v = load_some(a, (i + STEP) * ld, columns if i + STEP < rows else 0, 0)
-            store_words(p, i * ldp, apart, parts, u, v)
+            store_words(p, i * ldp, parts, u, v)
+
+
+@compiled
+def strides(parts, width):
+    """Of a's words: from row to row of a block, from step to step."""
+    return (width, STEP) if parts == 1 else (STEP, parts * TILES)
 
 
 @compiled
 def pack_rows(a, ld, m, k, parts, p):
-    """p (m, parts words(k)) from a's rows."""
-    width = words(k)
-    whole = k // SIDE
+    """a from its rows."""
+    width, whole = words(k), k // SIDE
+    to_row, to_step = strides(parts, width)
     for i in range(m):
-        row, to = at(a, i * ld), at(p, i * parts * width)
-        words_along(row, SIDE, whole, SIDE, parts, to, STEP, width)
+        row, to = at(a, i * ld), at(p, i // SIDE * SIDE * parts * width + i % SIDE * to_row)
+        words_along(row, SIDE, whole, SIDE, parts, to, to_step)
         if whole * STEP < width:
-            row, to = at(row, whole * SIDE), at(to, whole * STEP)
-            words_along(row, SIDE, 1, k - whole * SIDE, parts, to, STEP, width)
+            row, to = at(row, whole * SIDE), at(to, whole * to_step)
+            words_along(row, SIDE, 1, k - whole * SIDE, parts, to, to_step)
 
 
 @compiled
 def pack_columns(at_, ld, m, k, parts, p, turned):
-    """p (m, parts words(k)), m made up to whole vectors, from a^T (k, m)."""
+    """a from a^T (k, m); of as many rows as whole vectors have."""
     width = words(k)
+    to_row, to_step = strides(parts, width)
     for i in range(0, m, STEP):
         for part in range(0, k, SIDE):
-            words_across(at(at_, part * ld + i), ld, k - part, m - i, parts, turned, STEP, BLOCK)
+            words_across(at(at_, part * ld + i), ld, k - part, m - i, parts, turned, STEP)
+            to = i // SIDE * SIDE * parts * width + i % SIDE * to_row + part // SIDE * to_step
             for j in range(parts):
-                to = (i * parts + j) * width + part // 2
-                transpose(turned, j * BLOCK, STEP, p, to, parts * width)
+                transpose(turned, j * TILES, STEP, p, to + j * TILES, to_row)
 
 
 @compiled
 def pack_strips(b, ld, k, n, parts, p):
-    """p, strips of b (k, n)."""
-    rows = words(k)
+    """b from its rows."""
+    size = parts * words(k)
     for j in range(0, n, SIDE):
         for part in range(0, k, SIDE):
             for v in range(j, j + SIDE, STEP):
-                to = at(p, j * parts * rows + part // 2 * SIDE + v - j)
-                words_across(at(b, part * ld + v), ld, k - part, n - v, parts, to, SIDE,
-                             rows * SIDE)  # fmt: skip
+                to = at(p, j * size + part // SIDE * parts * TILES + v - j)
+                words_across(at(b, part * ld + v), ld, k - part, n - v, parts, to, SIDE)
 
 
 @compiled
 def pack_strips_transposed(bt, ld, k, n, parts, p, turned):
-    """p, strips of b, from b^T (n, k)."""
-    rows = words(k)
+    """b from b^T (n, k)."""
+    size = parts * words(k)
     for j in range(0, n, SIDE):
         for v in range(j, j + SIDE, STEP):
             for part in range(0, k, SIDE):
-                words_along(at(bt, v * ld + part), ld, min(n - v, STEP), k - part, parts, turned, STEP, BLOCK)
+                rows = min(n - v, STEP)
+                words_along(at(bt, v * ld + part), ld, rows, k - part, parts, turned, STEP)
+                to = j * size + part // SIDE * parts * TILES + v - j
                 for i in range(parts):
-                    to = (j * parts + i * SIDE) * rows + part // 2 * SIDE + v - j
-                    transpose(turned, i * BLOCK, STEP, p, to, SIDE)
+                    transpose(turned, i * TILES, STEP, p, to + i * TILES, SIDE)

@@ -16,7 +16,16 @@ from functools import cache
 
 from ...arena import Shape
 
-from .bf16 import SIDE, STAGE, pack_columns, pack_rows, pack_strips, pack_strips_transposed, words
+from .bf16 import (
+    SIDE,
+    STAGE,
+    TILES,
+    pack_columns,
+    pack_rows,
+    pack_strips,
+    pack_strips_transposed,
+    words,
+)
 from .bf16_product import block_product, few_product, parts_of, units_close, units_open
 from .compile import compiled
 from .instructions import SPLIT
@@ -26,6 +35,9 @@ from .tile import ADD, KEEP, RELU, STORE
 from .vector import at
 
 LEAST = 1 << 20  # multiplications
+SROWS = 32
+SCHUNK = 128
+SOUTPUTS = 32
 DEPTH = 128
 FEW = 12  # rows up to which packing w costs more than it gives
 ROWS = 128  # of x or dy packed at a time
@@ -35,17 +47,17 @@ OUTPUTS = 64  # columns of dy packed at a time
 
 @compiled
 def rows_of(parts):
-    return 32 if parts == 3 else ROWS
+    return SROWS if parts == 3 else ROWS
 
 
 @compiled
 def chunk_of(parts):
-    return 128 if parts == 3 else CHUNK
+    return SCHUNK if parts == 3 else CHUNK
 
 
 @compiled
 def outputs_of(parts):
-    return 32 if parts == 3 else OUTPUTS
+    return SOUTPUTS if parts == 3 else OUTPUTS
 
 
 @compiled
@@ -77,8 +89,9 @@ def _in_depth(unit, mode, rows, K, n, y, packed, r, block, stage):
     width = parts_of(unit) * words(K)
     for k in range(0, K, DEPTH):
         now = mode if mode == ADD else STORE
-        block_product(unit, now if k == 0 else ADD, rows, n, min(DEPTH, K - k), at(block, k // 2),
-                      width, at(packed, k // 2 * SIDE), width, y, n, r if k == 0 else y, n,
+        start = k // SIDE * 3 * TILES
+        block_product(unit, now if k == 0 else ADD, rows, n, min(DEPTH, K - k), at(block, start),
+                      width, at(packed, start), width, y, n, r if k == 0 else y, n,
                       stage)  # fmt: skip
     if mode == RELU:
         rectify(rows * n, y, y)

@@ -40,7 +40,7 @@ def block_product(unit, mode, m, n, k, a, lda, b, ldb, c, ldc, r, ldr, stage):
         strip = at(b, j * ldb)
         if unit != DOTS:
             for i in range(0, m, SIDE):
-                amx_block(parts, mode, m - i, n - j, width, at(a, i * lda), lda, strip, ldb,
+                amx_block(parts, mode, m - i, n - j, width, at(a, i * lda), lda, strip,
                           at(c, i * ldc + j), ldc, at(r, i * ldr + j), ldr, stage)  # fmt: skip
         else:
             for i in range(0, m, TWO):
