@@ -22,12 +22,13 @@ from .code import FEATURES, I64, Code, places, word
 from .compile import compiled
 from .dots import finished
 from .tile import ADD, KEEP, RELU, STORE
-from .vector import at, keep, lanes, load, prefetch, store, store_some, vmax
+from .vector import at, keep, lanes, load, load_some, prefetch, store, store_some, vmax
 
 HAS_AMX = "+amx-bf16" in FEATURES and "+amx-tile" in FEATURES
 I8 = ir.IntType(8)
 ARCH_PRCTL, REQUEST, TILE_DATA = 158, 0x1023, 18  # Linux on x86-64: ARCH_REQ_XCOMP_PERM
 AMX_UNIT = "AMX"
+MORE = 4  # beside a mode
 A, B = (4, 5), (6, 7)  # registers; the sums are 0 to 3
 
 
@@ -148,16 +149,22 @@ def _multiply(code: Code) -> None:
 
 @compiled
 def amx_block(parts, mode, m, n, k, a, lda, b, c, ldc, r, ldr, stage):
-    """A block of c by `mode`, of which m x n are there, from k words, whole tiles of them."""
-    whole = m >= SIDE and n >= SIDE
-    if whole and mode == ADD and parts == 1:
-        sums_load(r, ldr)
+    """A block of c by `mode`, of which m x n are there, from k words, whole tiles of them.
+
+    By mode + MORE, the sum is what c has and the products.
+    """
+    whole, more = m >= SIDE and n >= SIDE, mode >= MORE
+    mode %= MORE
+    of_r = mode == ADD or mode == KEEP
+    adds = mode == ADD and parts == 1  # to r; small products would be lost in a large one
+    if whole and (adds or more):
+        sums_load(r if adds else c, ldr if adds else ldc)
     else:
         sums_zero(c)
     for i in range(min(m, SIDE)):
         for j in range(0, SIDE, lanes(c)):
             prefetch(c, i * ldc + j)
-            if mode == ADD or mode == KEEP:
+            if of_r:
                 prefetch(r, i * ldr + j)
     to_row, to_step = strides(parts, lda)
     if parts > 1:
@@ -165,18 +172,19 @@ def amx_block(parts, mode, m, n, k, a, lda, b, c, ldc, r, ldr, stage):
             sums_add_small(at(a, step * to_step), at(b, step * parts * TILES))
     for step in range(k // STEP):
         sums_add(at(a, step * to_step), to_row, at(b, step * parts * TILES))
-    if whole and (mode == STORE or (mode == ADD and parts == 1)):
+    if whole and (mode == STORE or adds):
         sums_store(c, ldc)
         return
     sums_store(stage, SIDE)
     for i in range(min(m, SIDE)):
         for j in range(0, min(n, SIDE), lanes(c)):
+            s, to = load(stage, i * SIDE + j), i * ldc + j
             if whole:
-                s = finished_whole(mode, load(stage, i * SIDE + j), r, i * ldr + j)
-                store(c, i * ldc + j, s)
+                store(c, to, finished_whole(mode, s, r, i * ldr + j))
             else:
-                s = finished(mode, load(stage, i * SIDE + j), r, i * ldr + j, n - j)
-                store_some(c, i * ldc + j, s, n - j)
+                if more:
+                    s += load_some(c, to, n - j, 0)
+                store_some(c, to, finished(mode, s, r, i * ldr + j, n - j), n - j)
 
 
 @compiled

@@ -92,12 +92,14 @@ def words(k):
 
 
 @compiled
-def words_along(a, ld, rows, columns, parts, p, ldp):
+def words_along(a, ld, rows, columns, parts, p, ldp, ahead):
     """Row i of p: the words of a[i, :32], i < 16, of which so many rows and columns are there;
     zeros after them, no row without."""
     if columns >= SIDE:
         for i in range(rows):
             u, v = load(a, i * ld), load(a, i * ld + STEP)
+            prefetch(a, i * ld + ahead)
+            prefetch(a, i * ld + STEP + ahead)
             store_words(p, i * ldp, parts, u, v)
     else:
         for i in range(rows):
@@ -135,10 +137,10 @@ def pack_rows(a, ld, m, k, parts, p):
     to_row, to_step = strides(parts, width)
     for i in range(m):
         row, to = at(a, i * ld), at(p, i // SIDE * SIDE * parts * width + i % SIDE * to_row)
-        words_along(row, SIDE, whole, SIDE, parts, to, to_step)
+        words_along(row, SIDE, whole, SIDE, parts, to, to_step, SIDE * ld)
         if whole * STEP < width:
             row, to = at(row, whole * SIDE), at(to, whole * to_step)
-            words_along(row, SIDE, 1, k - whole * SIDE, parts, to, to_step)
+            words_along(row, SIDE, 1, k - whole * SIDE, parts, to, to_step, 0)
 
 
 @compiled
@@ -173,7 +175,7 @@ def pack_strips_transposed(bt, ld, k, n, parts, p, turned):
         for v in range(j, j + SIDE, STEP):
             for part in range(0, k, SIDE):
                 rows = min(n - v, STEP)
-                words_along(at(bt, v * ld + part), ld, rows, k - part, parts, turned, STEP)
+                words_along(at(bt, v * ld + part), ld, rows, k - part, parts, turned, STEP, SIDE)
                 to = j * size + part // SIDE * parts * TILES + v - j
                 for i in range(parts):
                     transpose(turned, i * TILES, STEP, p, to + i * TILES, SIDE)

@@ -16,6 +16,7 @@ from functools import cache
 
 from ...arena import Shape
 
+from .amx import MORE
 from .bf16 import (
     SIDE,
     STAGE,
@@ -30,34 +31,15 @@ from .bf16_product import block_product, few_product, parts_of, units_close, uni
 from .compile import compiled
 from .instructions import SPLIT
 from .linear import linear_scratch
-from .relu import pass_positive, rectify
-from .tile import ADD, KEEP, RELU, STORE
+from .tile import ADD, STORE
 from .vector import at
 
 LEAST = 1 << 20  # multiplications
-SROWS = 32
-SCHUNK = 128
-SOUTPUTS = 32
 DEPTH = 128
 FEW = 12  # rows up to which packing w costs more than it gives
 ROWS = 128  # of x or dy packed at a time
 CHUNK = 256  # rows for one addition to dw
 OUTPUTS = 64  # columns of dy packed at a time
-
-
-@compiled
-def rows_of(parts):
-    return SROWS if parts == 3 else ROWS
-
-
-@compiled
-def chunk_of(parts):
-    return SCHUNK if parts == 3 else CHUNK
-
-
-@compiled
-def outputs_of(parts):
-    return SOUTPUTS if parts == 3 else OUTPUTS
 
 
 @compiled
@@ -67,36 +49,36 @@ def pays(N, F, C):
 
 
 @compiled
-def _times_packed(unit, mode, N, K, n, y, x, packed, r, block, stage):
-    """y (N, n) = x (N, K) times what is packed."""
-    parts = parts_of(unit)
-    width, step = parts * words(K), rows_of(parts)
-    units_open(unit, stage)
-    for i in range(0, N, step):
-        rows = min(step, N - i)
-        pack_rows(at(x, i * K), K, rows, K, parts, block)
-        if parts == 1 or K <= DEPTH:
-            block_product(unit, mode, rows, n, K, block, width, packed, width, at(y, i * n), n,
-                          at(r, i * n), n, stage)  # fmt: skip
-        else:
-            _in_depth(unit, mode, rows, K, n, at(y, i * n), packed, at(r, i * n), block, stage)
-    units_close(unit, stage)
+def _block_words(parts, width):
+    return ROWS * width if parts == 1 else SIDE * parts * DEPTH // 2
 
 
 @compiled
-def _in_depth(unit, mode, rows, K, n, y, packed, r, block, stage):
-    """Some rows of y, from DEPTH numbers of x at a time."""
-    width = parts_of(unit) * words(K)
-    for k in range(0, K, DEPTH):
-        now = mode if mode == ADD else STORE
-        start = k // SIDE * 3 * TILES
-        block_product(unit, now if k == 0 else ADD, rows, n, min(DEPTH, K - k), at(block, start),
-                      width, at(packed, start), width, y, n, r if k == 0 else y, n,
-                      stage)  # fmt: skip
-    if mode == RELU:
-        rectify(rows * n, y, y)
-    elif mode == KEEP:
-        pass_positive(rows * n, y, y, r)
+def _mode(mode, more, after):
+    """Of a product that others in the same sum go before (`more`), or come after."""
+    if mode == ADD:
+        return ADD
+    return (STORE if after else mode) + (MORE if more else 0)
+
+
+@compiled
+def _times_packed(unit, mode, N, K, n, y, x, packed, r, block, stage):
+    """y (N, n) = x (N, K) times what is packed."""
+    parts = parts_of(unit)
+    width = parts * words(K)
+    step, depth = (ROWS, K) if parts == 1 else (SIDE, DEPTH)
+    units_open(unit, stage)
+    for group in range(0, N, ROWS):
+        end = min(N, group + ROWS)
+        for k in range(0, K, depth):
+            deep, some = min(depth, K - k), at(packed, k // SIDE * parts * TILES)
+            for i in range(group, end, step):
+                rows, c, old = min(step, end - i), at(y, i * n), at(r, i * n)
+                pack_rows(at(x, i * K + k), K, rows, deep, parts, block)
+                now = _mode(mode, k > 0, k + depth < K)
+                block_product(unit, now, rows, n, deep, block, parts * words(deep), some, width, c,
+                              n, c if k > 0 and mode == ADD else old, n, stage)  # fmt: skip
+    units_close(unit, stage)
 
 
 @compiled
@@ -107,7 +89,7 @@ def multiply(unit, mode, N, F, C, y, x, w, r, panel):
         return
     parts = parts_of(unit)
     block = at(panel, STAGE)
-    packed = at(block, rows_of(parts) * parts * words(C))
+    packed = at(block, _block_words(parts, words(C)))
     pack_strips_transposed(at(w, 0), C, C, F, parts, packed, panel)
     _times_packed(unit, mode, N, C, F, y, x, packed, r, block, at(panel, 0))
 
@@ -117,7 +99,7 @@ def input_gradient(unit, mode, N, F, C, dx, dy, w, r, panel):
     """dx = dy w, by `mode` with r (N, C)."""
     parts = parts_of(unit)
     block = at(panel, STAGE)
-    packed = at(block, rows_of(parts) * parts * words(F))
+    packed = at(block, _block_words(parts, words(F)))
     pack_strips(at(w, 0), C, F, C, parts, packed)
     _times_packed(unit, mode, N, F, C, dx, dy, packed, r, block, at(panel, 0))
 
@@ -127,7 +109,7 @@ def weight_gradient(unit, N, F, C, dw, dy, x, add, panel, block):
     """dw = dy^T x, or dw += it."""
     stage, packed, parts = at(panel, 0), at(panel, STAGE), parts_of(unit)
     units_open(unit, stage)
-    chunk, outputs = chunk_of(parts), outputs_of(parts)
+    chunk, outputs = (CHUNK, OUTPUTS) if parts == 1 else (DEPTH, SIDE)
     for i in range(0, N, chunk):
         rows = min(chunk, N - i)
         mode, width = ADD if add or i > 0 else STORE, parts * words(rows)
