@@ -43,9 +43,9 @@ OUTPUTS = 64  # columns of dy packed at a time
 
 
 @compiled
-def pays(N, F, C):
-    """Whether SPLIT is faster than linear.py: whether packing is little beside the products."""
-    return N > FEW and N * F * C >= LEAST
+def pays(unit, N, F, C):
+    """False where linear.py does better than SPLIT: where packing is much beside the products."""
+    return unit != SPLIT or (N > FEW and N * F * C >= LEAST)
 
 
 @compiled

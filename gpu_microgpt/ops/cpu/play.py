@@ -12,6 +12,7 @@ from .adamw import adamw_flat, clip, norm_of
 from .amx import bf16_unit
 from .attention import attend, attend_backward
 from .attention_decode import decode, keep_kv
+from .bf16_linear import pays
 from .compile import OPTIONS, compiled
 from .cross_entropy import cross_entropy_backward_rows, cross_entropy_rows
 from .embedding import embedding_backward_tables, embedding_rows
@@ -125,7 +126,7 @@ def _products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
 
 @compiled
 def _unit(a: Any) -> Any:
-    """What multiplies: FULL, or a unit of bfloat16."""
+    """What multiplies: FULL, or another."""
     if a[0] == MULTIPLY:
         return a[9]
     if a[0] == GRADIENTS:
@@ -151,13 +152,17 @@ def _bf16_products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
     """As `_products`, on the instruction's unit."""
     p, q, r = place(like, a[1]), place(like, a[2]), place(like, a[3])
     s, t, u = place(like, a[4]), place(like, a[5]), place(like, a[6])
-    if a[0] == MULTIPLY:
+    if a[0] == MULTIPLY and pays(a[9], rows, a[7], a[8]):
         bf16_linear.multiply(a[9], a[6], rows, a[7], a[8], p, q, r, s, t)
-    elif a[0] == GRADIENTS:
+    elif a[0] == MULTIPLY:
+        multiply(a[6], rows, a[7], a[8], p, q, r, s, t)
+    elif a[0] == GRADIENTS and pays(a[12], rows, a[9], a[10]):
         panel, block = u, place(like, a[7])
         bf16_linear.gradients(
             a[12], a[8], rows, a[9], a[10], p, q, r, s, t, a[11], panel, block
         )  # fmt: skip
+    elif a[0] == GRADIENTS:
+        gradients(a[8], rows, a[9], a[10], p, q, r, s, t, a[11], u, place(like, a[7]))
     elif a[0] == ATTENTION:
         attention_bf16.attend(
             a[8], p, q, r, ints(a[4]), sequences, a[5], a[6], place(like, a[7])
