@@ -128,5 +128,5 @@ def test_memory_is_planned(here, unit):
             (3 * channels, channels), (4 * channels, channels), (channels, 4 * channels),
             (vocab, channels),
         ):  # fmt: skip
-            sizes = [4 * shape[0] for shape in bf16_scratch(outputs, inputs)]
+            sizes = [4 * shape[0] for shape in bf16_scratch(outputs, inputs, 4)]
             assert sum(-(-size // 64) * 64 for size in sizes) <= planned

@@ -169,13 +169,15 @@ def pack_strips(b, ld, k, n, parts, p):
 
 @compiled
 def pack_strips_transposed(bt, ld, k, n, parts, p, turned):
-    """b from b^T (n, k)."""
+    """b from b^T (n, k); zeros in the last strip's other columns."""
     size = parts * words(k)
     for j in range(0, n, SIDE):
         for v in range(j, j + SIDE, STEP):
             for part in range(0, k, SIDE):
-                rows = min(n - v, STEP)
-                words_along(at(bt, v * ld + part), ld, rows, k - part, parts, turned, STEP, SIDE)
+                rows, source = max(0, min(n - v, STEP)), at(bt, v * ld + part)
+                words_along(source, ld, rows, k - part, parts, turned, STEP, SIDE)
+                zeros = at(turned, rows * STEP)
+                words_along(source, ld, STEP - rows, 0, parts, zeros, STEP, 0)
                 to = j * size + part // SIDE * parts * TILES + v - j
                 for i in range(parts):
                     transpose(turned, i * TILES, STEP, p, to + i * TILES, SIDE)

@@ -6,8 +6,11 @@ three parts each (split.py), multiplied by AMX, and the product is float32's, or
 would not pay, linear.py's. Operands become words on their way into packed blocks; x, w, dy stay
 float32 where they lie, and so do all results.
 
-- y = x w^T, dx = dy w: all of w is packed once a call, then x or dy some rows at a time.
-- dw = dy^T x: sums over CHUNK rows; x is packed for them, dy in strips of OUTPUTS columns.
+- y = x w^T, dx = dy w: all of w is packed once a call, then x or dy some rows at a time. Of three
+  parts SIDE rows, DEPTH numbers of each: that block stays in L1 while w passes by, and w, DEPTH of
+  its numbers, in L2 while ROWS rows do.
+- dw = dy^T x: sums over CHUNK rows; x is packed for them, dy in strips of OUTPUTS columns. Of three
+  parts DEPTH rows and SIDE columns.
 """
 
 from __future__ import annotations
@@ -34,12 +37,12 @@ from .linear import linear_scratch
 from .tile import ADD, STORE
 from .vector import at
 
-LEAST = 1 << 20  # multiplications
-DEPTH = 128
 FEW = 12  # rows up to which packing w costs more than it gives
 ROWS = 128  # of x or dy packed at a time
 CHUNK = 256  # rows for one addition to dw
 OUTPUTS = 64  # columns of dy packed at a time
+DEPTH = 128  # numbers of a sum at a time, of three parts: of 32 rows, they are 24 KiB
+LEAST = 1 << 22  # multiplications
 
 
 @compiled
@@ -49,8 +52,9 @@ def pays(unit, N, F, C):
 
 
 @compiled
-def _block_words(parts, width):
-    return ROWS * width if parts == 1 else SIDE * parts * DEPTH // 2
+def _block(unit, K):
+    """Rows of x that are packed at a time, and numbers of each."""
+    return (SIDE, DEPTH) if unit == SPLIT else (ROWS, K)
 
 
 @compiled
@@ -66,7 +70,7 @@ def _times_packed(unit, mode, N, K, n, y, x, packed, r, block, stage):
     """y (N, n) = x (N, K) times what is packed."""
     parts = parts_of(unit)
     width = parts * words(K)
-    step, depth = (ROWS, K) if parts == 1 else (SIDE, DEPTH)
+    step, depth = _block(unit, K)
     units_open(unit, stage)
     for group in range(0, N, ROWS):
         end = min(N, group + ROWS)
@@ -89,7 +93,8 @@ def multiply(unit, mode, N, F, C, y, x, w, r, panel):
         return
     parts = parts_of(unit)
     block = at(panel, STAGE)
-    packed = at(block, _block_words(parts, words(C)))
+    step, depth = _block(unit, C)
+    packed = at(block, step * parts * words(depth))
     pack_strips_transposed(at(w, 0), C, C, F, parts, packed, panel)
     _times_packed(unit, mode, N, C, F, y, x, packed, r, block, at(panel, 0))
 
@@ -99,7 +104,8 @@ def input_gradient(unit, mode, N, F, C, dx, dy, w, r, panel):
     """dx = dy w, by `mode` with r (N, C)."""
     parts = parts_of(unit)
     block = at(panel, STAGE)
-    packed = at(block, _block_words(parts, words(F)))
+    step, depth = _block(unit, F)
+    packed = at(block, step * parts * words(depth))
     pack_strips(at(w, 0), C, F, C, parts, packed)
     _times_packed(unit, mode, N, F, C, dx, dy, packed, r, block, at(panel, 0))
 
@@ -109,7 +115,7 @@ def weight_gradient(unit, N, F, C, dw, dy, x, add, panel, block):
     """dw = dy^T x, or dw += it."""
     stage, packed, parts = at(panel, 0), at(panel, STAGE), parts_of(unit)
     units_open(unit, stage)
-    chunk, outputs = (CHUNK, OUTPUTS) if parts == 1 else (DEPTH, SIDE)
+    chunk, outputs = (DEPTH, SIDE) if unit == SPLIT else (CHUNK, OUTPUTS)
     for i in range(0, N, chunk):
         rows = min(chunk, N - i)
         mode, width = ADD if add or i > 0 else STORE, parts * words(rows)
@@ -131,25 +137,26 @@ def gradients(unit, mode, N, F, C, dx, dw, dy, x, w, add, panel, block):
 
 
 @cache
-def bf16_scratch(outputs: int, inputs: int, itemsize: int = 4, parts: int = 1) -> tuple[Shape, ...]:
+def bf16_scratch(outputs: int, inputs: int, itemsize: int) -> tuple[Shape, ...]:
     """Scratch shapes of a linear, in float32: a panel of packed weights and rows of x or dy, or of
     rows of x; a block of packed dy."""
-
-    def packed(k: int, n: int) -> int:
-        """Words of b (k, n)."""
-        return parts * -(-k // SIDE) * SIDE // 2 * -(-n // SIDE) * SIDE
-
     panel = max(
-        packed(inputs, outputs) + packed(inputs, ROWS),
-        packed(outputs, inputs) + packed(outputs, ROWS),
-        packed(CHUNK, inputs),
+        _packed(inputs, outputs) + _packed(inputs, ROWS),
+        _packed(outputs, inputs) + _packed(outputs, ROWS),
+        _packed(CHUNK, inputs),
     )
-    return (STAGE + panel,), (packed(CHUNK, OUTPUTS),)
+    return (STAGE + panel,), (_packed(CHUNK, OUTPUTS),)
 
 
 @cache
 def split_scratch(outputs: int, inputs: int, itemsize: int) -> tuple[Shape, ...]:
-    """Those of SPLIT, and of linear.py beside it."""
-    mine = bf16_scratch(outputs, inputs, itemsize, 3)
-    plain = linear_scratch(outputs, inputs, itemsize)
-    return tuple(max(sizes) for sizes in zip(mine, plain, strict=True))
+    """Those of SPLIT, or of linear.py."""
+    block = 3 * _packed(DEPTH, SIDE)
+    panel = 3 * max(_packed(inputs, outputs), _packed(outputs, inputs), _packed(DEPTH, inputs))
+    (plain,), (plain_block,) = linear_scratch(outputs, inputs, itemsize)
+    return (max(STAGE + block + panel, plain),), (max(block, plain_block),)
+
+
+def _packed(k: int, n: int) -> int:
+    """Words of b (k, n), of one part."""
+    return -(-k // SIDE) * SIDE // 2 * -(-n // SIDE) * SIDE
