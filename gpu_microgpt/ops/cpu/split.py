@@ -44,10 +44,14 @@ def three_parts(code: Code, u: ir.Value, v: ir.Value) -> list[ir.Value]:
             phi.add_incoming(odd_part, inside)
             merged.append(phi)
         words.append(merged)
-    return [
-        build.bitcast(build.or_(build.lshr(x, code.integers(16)), y), code.vector)
-        for x, y in zip(*words, strict=True)
-    ]
+    return [_joined(code, x, y) for x, y in zip(*words, strict=True)]
+
+
+def _joined(code: Code, x: ir.Value, y: ir.Value) -> ir.Value:
+    """High halves of x, shifted down, and of y: what is below them, subnormal numbers have."""
+    build = code.builder
+    high = build.and_(y, code.integers(HIGH))
+    return build.bitcast(build.or_(build.lshr(x, code.integers(16)), high), code.vector)
 
 
 def _plain_parts(code: Code, x: ir.Value) -> list[ir.Value]:
