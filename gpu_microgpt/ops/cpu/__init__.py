@@ -1,7 +1,8 @@
 """The operations compiled for the CPU with Numba; `vector.py` is the language they are written in.
 
 Same names, signatures and results as `reference/`, which is the definition; float32 and float64.
-With `SplitOps` AMX multiplies float32 operands; with `AmxOps` and `DotOps` operands of products are rounded to bfloat16 first; all else is float32.
+With `AmxOps` and `DotOps` operands of products are rounded to bfloat16 first; all else is float32.
+`SplitOps` are float32 throughout: AMX multiplies three bfloat16 parts of each number.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from .adamw import adamw, clip_scale, global_norm
 from .amx import AMX_UNIT, bf16_unit
 from .attention import attention, attention_backward, attention_scratch
 from .attention_decode import attention_decode, cache_kv, decode_scratch
-from .bf16_linear import bf16_scratch, split_scratch
+from .bf16_linear import bf16_scratch
 from .cross_entropy import add_losses, cross_entropy, cross_entropy_backward
 from .embedding import embedding, embedding_backward
 from .instructions import AMX, DOTS, FULL, SPLIT, Instructions
@@ -36,8 +37,17 @@ from .rmsnorm import (
 )
 from .sample import sample, sample_philox, sample_scratch
 from .softmax import softmax, softmax_backward
+from .split_linear import split_scratch
 
-__all__ = ["AMX_UNIT", "AmxOps", "CompiledOps", "DotOps", "SplitOps", "bf16_unit", "workspace_bytes"]
+__all__ = [
+    "AMX_UNIT",
+    "AmxOps",
+    "CompiledOps",
+    "DotOps",
+    "SplitOps",
+    "bf16_unit",
+    "workspace_bytes",
+]
 
 
 class CompiledOps(Instructions):

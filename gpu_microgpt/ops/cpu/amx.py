@@ -155,7 +155,7 @@ def amx_block(parts, mode, m, n, k, a, lda, b, c, ldc, r, ldr, stage):
     """
     whole, more = m >= SIDE and n >= SIDE, mode >= MORE
     mode %= MORE
-    of_r = mode == ADD or mode == KEEP
+    of_r = mode in (ADD, KEEP)
     adds = mode == ADD and parts == 1  # to r; small products would be lost in a large one
     if whole and (adds or more):
         sums_load(r if adds else c, ldr if adds else ldc)

@@ -8,9 +8,10 @@ whose vectors move them bit by bit; no arithmetic ever sees them as floats.
     a (m, k)   row i: words(k) words, i.e. k made up to whole tiles of 32 by zeros
     b (k, n)   strips of SIDE columns one after another, each words(k) rows of SIDE words
 
-One part of a number x is x rounded, to nearest, ties to even; NaN stays NaN. Three parts x1, x2, x3
-have x as their sum, split.py says how and why. Of a row of a, or a strip of b, all the first parts
-come first, then all the second, then all the third: rows are `parts` times as long.
+Of one part, a number is x rounded, to nearest, ties to even; NaN stays NaN. Of three, x1, x2, x3,
+their sum is x (split.py). Then a too comes in blocks, of SIDE rows, and of a block or strip a step
+is TILES words of first parts, as many of second and of third parts, so that a product reads memory
+end to end: of a step, 32 rows of 16 words of a, 16 of 32 of b.
 
 | function | gives | from |
 |---|---|---|
@@ -31,7 +32,7 @@ from llvmlite import ir
 from .code import I64, Code, places, word
 from .compile import compiled
 from .split import three_parts
-from .vector import at, load, load_some, prefetch, store, transpose
+from .vector import at, load, load_some, prefetch, transpose
 
 SIDE = 32  # rows and columns of a block of sums; also the numbers in a tile's row
 STEP = 16  # words in it, and in a vector
@@ -122,6 +123,11 @@ def words_across(a, ld, rows, columns, parts, p, ldp):
             u = load_some(a, i * ld, columns if i < rows else 0, 0)
             v = load_some(a, (i + STEP) * ld, columns if i + STEP < rows else 0, 0)
             store_words(p, i * ldp, parts, u, v)
+
+
+def packed_words(k: int, n: int) -> int:
+    """Those of b (k, n), of one part."""
+    return -(-k // SIDE) * SIDE // 2 * -(-n // SIDE) * SIDE
 
 
 @compiled

@@ -2,9 +2,9 @@
 `unit`.
 
 AMX or DOTS (AVX512_BF16): operands are rounded to bfloat16, sums are float32. SPLIT: operands are
-three parts each (split.py), multiplied by AMX, and the product is float32's, or nearer; where it
-would not pay, linear.py's. Operands become words on their way into packed blocks; x, w, dy stay
-float32 where they lie, and so do all results.
+three parts each (split.py), multiplied by AMX, and the product is float32's, or nearer. Operands
+become words on their way into packed blocks; x, w, dy stay float32 where they lie, and so do all
+results.
 
 - y = x w^T, dx = dy w: all of w is packed once a call, then x or dy some rows at a time. Of three
   parts SIDE rows, DEPTH numbers of each: that block stays in L1 while w passes by, and w, DEPTH of
@@ -18,7 +18,6 @@ from __future__ import annotations
 from functools import cache
 
 from ...arena import Shape
-
 from .amx import MORE
 from .bf16 import (
     SIDE,
@@ -28,12 +27,12 @@ from .bf16 import (
     pack_rows,
     pack_strips,
     pack_strips_transposed,
+    packed_words,
     words,
 )
 from .bf16_product import block_product, few_product, parts_of, units_close, units_open
 from .compile import compiled
 from .instructions import SPLIT
-from .linear import linear_scratch
 from .tile import ADD, STORE
 from .vector import at
 
@@ -41,14 +40,7 @@ FEW = 12  # rows up to which packing w costs more than it gives
 ROWS = 128  # of x or dy packed at a time
 CHUNK = 256  # rows for one addition to dw
 OUTPUTS = 64  # columns of dy packed at a time
-DEPTH = 128  # numbers of a sum at a time, of three parts: of 32 rows, they are 24 KiB
-LEAST = 1 << 22  # multiplications
-
-
-@compiled
-def pays(unit, N, F, C):
-    """False where linear.py does better than SPLIT: where packing is much beside the products."""
-    return unit != SPLIT or (N > FEW and N * F * C >= LEAST)
+DEPTH = 128  # terms of a sum at a time, of three parts: a block of 32 rows is 24 KiB
 
 
 @compiled
@@ -141,22 +133,8 @@ def bf16_scratch(outputs: int, inputs: int, itemsize: int) -> tuple[Shape, ...]:
     """Scratch shapes of a linear, in float32: a panel of packed weights and rows of x or dy, or of
     rows of x; a block of packed dy."""
     panel = max(
-        _packed(inputs, outputs) + _packed(inputs, ROWS),
-        _packed(outputs, inputs) + _packed(outputs, ROWS),
-        _packed(CHUNK, inputs),
+        packed_words(inputs, outputs) + packed_words(inputs, ROWS),
+        packed_words(outputs, inputs) + packed_words(outputs, ROWS),
+        packed_words(CHUNK, inputs),
     )
-    return (STAGE + panel,), (_packed(CHUNK, OUTPUTS),)
-
-
-@cache
-def split_scratch(outputs: int, inputs: int, itemsize: int) -> tuple[Shape, ...]:
-    """Those of SPLIT, or of linear.py."""
-    block = 3 * _packed(DEPTH, SIDE)
-    panel = 3 * max(_packed(inputs, outputs), _packed(outputs, inputs), _packed(DEPTH, inputs))
-    (plain,), (plain_block,) = linear_scratch(outputs, inputs, itemsize)
-    return (max(STAGE + block + panel, plain),), (max(block, plain_block),)
-
-
-def _packed(k: int, n: int) -> int:
-    """Words of b (k, n), of one part."""
-    return -(-k // SIDE) * SIDE // 2 * -(-n // SIDE) * SIDE
+    return (STAGE + panel,), (packed_words(CHUNK, OUTPUTS),)

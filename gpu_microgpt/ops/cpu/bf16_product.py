@@ -14,7 +14,7 @@ For few rows: `few_product`, which reads b^T where it lies, rounding it on the w
 from __future__ import annotations
 
 from .amx import amx_block, tiles_close, tiles_open
-from .bf16 import SIDE, STAGE, STEP, dot, pack_rows, words
+from .bf16 import SIDE, STEP, dot, pack_rows, words
 from .compile import compiled
 from .dots import dots_word, finished
 from .instructions import DOTS, SPLIT

@@ -15,9 +15,10 @@ if missing("AMX"):
 
 from gpu_microgpt.ops import cpu
 from gpu_microgpt.ops.cpu import bf16_linear
-from gpu_microgpt.ops.cpu.bf16_linear import DEPTH, FEW, LEAST, split_scratch
+from gpu_microgpt.ops.cpu.bf16_linear import DEPTH
 from gpu_microgpt.ops.cpu.instructions import SPLIT
 from gpu_microgpt.ops.cpu.linear import input_gradient, multiply, weight_gradient
+from gpu_microgpt.ops.cpu.split_linear import LONG, WIDE, split_scratch
 from gpu_microgpt.ops.cpu.tile import ADD, KEEP, RELU, STORE
 
 MODES = [STORE, ADD, RELU, KEEP]
@@ -107,9 +108,7 @@ def test_no_further_off_than_float32(mode, rows, inputs, outputs):
 def test_much_nearer_than_two_parts():
     """Where the sums are long, a third of float32's error; two parts would have a hundred times."""
     arrays = case(300, 200, 250)
-    for mine, plain, (wide, terms) in zip(
-        *both(STORE, arrays), exact(STORE, arrays), strict=True
-    ):
+    for mine, plain, (wide, terms) in zip(*both(STORE, arrays), exact(STORE, arrays), strict=True):
         roots = [np.sqrt((((found - wide) / terms) ** 2).mean()) for found in (mine, plain)]
         assert 0 < roots[0] < 0.6 * roots[1]
 
@@ -123,9 +122,7 @@ def test_rows_of_all_sizes():
         return (draw.standard_normal(shape) * scales).astype(np.float32)
 
     arrays = case(150, 140, 70, make)
-    for mine, plain, (wide, terms) in zip(
-        *both(STORE, arrays), exact(STORE, arrays), strict=True
-    ):
+    for mine, plain, (wide, terms) in zip(*both(STORE, arrays), exact(STORE, arrays), strict=True):
         errors = [np.abs(found - wide) / terms for found in (mine, plain)]
         assert errors[0].max() <= errors[1].max() + 2**-25
 
@@ -229,17 +226,24 @@ def test_a_sum_may_be_added_to_where_it_lies():
     assert np.abs(y - wide).max() < 2**-20 * np.abs(wide).max()
 
 
-@pytest.mark.parametrize("rows", [FEW, FEW + 1, -(-LEAST // 128**2) - 1, -(-LEAST // 128**2)])
-def test_operations_take_it_where_it_pays(rows):
-    """By bits: above LEAST multiplications in three parts, below linear.py's."""
-    x, w, dy, *_ = case(rows, 128, 128)
-    size = sum(4 * shape[0] + 64 for shape in split_scratch(128, 128, 4))
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "split"),
+    [
+        (WIDE, WIDE, WIDE, "y dx dw"), (WIDE - 1, WIDE, WIDE, "dw"),
+        (WIDE, WIDE - 1, WIDE, "y"), (WIDE, WIDE, WIDE - 1, "dx"), (WIDE, LONG - 1, WIDE, ""),
+        (1, WIDE, WIDE, ""), (LONG, WIDE, WIDE, "dw"), (WIDE, LONG, WIDE, "y"),
+    ],
+)  # fmt: skip
+def test_operations_take_it_where_it_pays(rows, inputs, outputs, split):
+    """By bits: some products are linear.py's, on any CPU's tiles."""
+    arrays = case(rows, inputs, outputs)
+    x, w, dy, *_ = arrays
+    size = sum(4 * shape[0] + 64 for shape in split_scratch(outputs, inputs, 4))
     ops = cpu.SplitOps(np, np.zeros(size, np.uint8), np.float32)
-    y, dx, dw = blank(rows, 128), blank(rows, 128), blank(128, 128)
+    y, dx, dw = blank(rows, outputs), blank(rows, inputs), blank(outputs, inputs)
     ops.linear(y, x, w)
     ops.linear_backward(dx, dw, dy, x, w, False)
-    split, plain = both(STORE, [x, w, dy, dy, x, w])
-    wanted = split if rows * 128 * 128 >= LEAST else plain
-    for got, expected, first, second in zip((y, dx, dw), wanted, split, plain, strict=True):
-        assert got.tobytes() == expected.tobytes()
-        assert first.tobytes() != second.tobytes()
+    mine, plain = both(STORE, arrays)
+    for name, got, one, other in zip(("y", "dx", "dw"), (y, dx, dw), mine, plain, strict=True):
+        assert one.tobytes() != other.tobytes()
+        assert got.tobytes() == (one if name in split.split() else other).tobytes()
