@@ -68,6 +68,10 @@ def test_auto_is_numpy_where_there_is_no_gpu(here, monkeypatch):
 @needs_numba
 def test_auto_dtype_stays_float32(here):
     here("AMX")
+    assert (
+        ", float32 (products on AMX" in choose(Config.load("names", ["backend=numpy"])).describe()
+    )
+    here("")
     assert ", float32, " in choose(Config.load("names", ["backend=numpy"])).describe()
 
 
