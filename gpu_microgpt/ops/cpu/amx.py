@@ -159,6 +159,11 @@ def amx_block(parts, mode, m, n, k, a, lda, b, c, ldc, r, ldr, stage):
     adds = mode == ADD and parts == 1  # to r; small products would be lost in a large one
     if whole and (adds or more):
         sums_load(r if adds else c, ldr if adds else ldc)
+    elif more:
+        for i in range(min(m, SIDE)):
+            for j in range(0, min(n, SIDE), lanes(c)):
+                store(stage, i * SIDE + j, load_some(c, i * ldc + j, n - j, 0))
+        sums_load(stage, SIDE)
     else:
         sums_zero(c)
     for i in range(min(m, SIDE)):
@@ -182,8 +187,6 @@ def amx_block(parts, mode, m, n, k, a, lda, b, c, ldc, r, ldr, stage):
             if whole:
                 store(c, to, finished_whole(mode, s, r, i * ldr + j))
             else:
-                if more:
-                    s += load_some(c, to, n - j, 0)
                 store_some(c, to, finished(mode, s, r, i * ldr + j, n - j), n - j)
 
 

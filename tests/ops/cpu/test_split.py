@@ -211,11 +211,12 @@ def test_the_same_bits_twice_and_whatever_the_rows_beside():
     found = [b"".join(a.tobytes() for a in both(KEEP, arrays)[0]) for _ in range(2)]
     assert found[0] == found[1]
     x, w, dy, r, r_back, old = arrays
-    (whole, whole_dx, _), _ = both(ADD, arrays)
     part = [np.ascontiguousarray(a[37:87]) for a in (x, dy, r, r_back)]
-    (y, dx, _), _ = both(ADD, [part[0], w, part[1], part[2], part[3], old])
-    assert y.tobytes() == whole[37:87].tobytes()
-    assert dx.tobytes() == whole_dx[37:87].tobytes()
+    for mode in MODES:
+        (whole, whole_dx, _), _ = both(mode, arrays)
+        (y, dx, _), _ = both(mode, [part[0], w, part[1], part[2], part[3], old])
+        assert y.tobytes() == whole[37:87].tobytes()
+        assert dx.tobytes() == whole_dx[37:87].tobytes()
 
 
 def test_a_sum_may_be_added_to_where_it_lies():
