@@ -47,10 +47,13 @@ def test_without_numba_compiled_is_refused(no_numba):
 
 
 @compiled
-@pytest.mark.parametrize(("asked", "got"), [("auto", "Compiled"), ("reference", "Reference")])
+@pytest.mark.parametrize(
+    ("asked", "got"),
+    [("auto", ("CompiledOps", "SplitOps")), ("reference", ("ReferenceOps",))],
+)
 def test_it_is_the_one_asked_for(asked, got):
     backend = choose(Config.load("names", [f"kernels={asked}"]))
-    assert type(backend.ops(np.zeros(64, "u1"))).__name__ == f"{got}Ops"
+    assert type(backend.ops(np.zeros(64, "u1"))).__name__ in got
 
 
 def test_plain_numpy_does_not_load_numba():

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import cached_property
 from importlib.util import find_spec
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,8 @@ class NumpyBackend:
         note = f", OPENBLAS_CORETYPE={pinned} is set" if pinned else ""
         kernels = "compiled" if self.compiled else "plain NumPy"
         precision = self.dtype.name
+        if self._splits:
+            precision += " (products on AMX, in three bfloat16 parts)"
         if self._unit:
             precision = f"bfloat16 products ({self._unit}), sums in float32"
         return (
@@ -129,9 +132,20 @@ class NumpyBackend:
         """Which of the compiled operations."""
         from ..ops import cpu
 
+        if self._splits:
+            return cpu.SplitOps
         if not self._unit:
             return cpu.CompiledOps
         return cpu.AmxOps if self._unit == cpu.AMX_UNIT else cpu.DotOps
+
+    @cached_property
+    def _splits(self) -> bool:
+        """Whether float32 is multiplied by AMX."""
+        if not self.compiled or self._unit or self.dtype != np.float32:
+            return False
+        from ..ops import cpu
+
+        return cpu.bf16_unit() == cpu.AMX_UNIT
 
     def pad_vocab(self, vocab_size: int) -> int:
         """No padding: BLAS takes any width."""

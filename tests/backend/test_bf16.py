@@ -78,6 +78,10 @@ def test_small_models_are_cut_into_smaller_pieces(here):
 @needs_numba
 def test_auto_dtype_stays_float32(here):
     here("AMX")
+    assert (
+        ", float32 (products on AMX" in choose(Config.load("names", ["backend=numpy"])).describe()
+    )
+    here("")
     assert ", float32, " in choose(Config.load("names", ["backend=numpy"])).describe()
 
 
@@ -135,6 +139,6 @@ def test_memory_is_planned(here, unit):
     backend = chosen("backend=numpy")
     for c, v, t in ((4, 3, 8), (20, 1000, 8), (128, 66, 8), (16, 3, 300)):
         planned = backend.workspace_bytes(Dims(1, 1, c, t, v), 2 * t)
-        wanted = [bf16_scratch(*w) for w in ((3 * c, c), (4 * c, c), (c, 4 * c), (v, c))]
+        wanted = [bf16_scratch(*w, 4) for w in ((3 * c, c), (4 * c, c), (c, 4 * c), (v, c))]
         for shapes in (*wanted, attention_scratch(2 * t, c, 1, t)):
             assert sum(array_bytes(shape, 4) for shape in shapes) <= planned

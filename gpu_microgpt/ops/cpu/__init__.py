@@ -2,6 +2,7 @@
 
 Same names, signatures and results as `reference/`, which is the definition; float32 and float64.
 With `AmxOps` and `DotOps` operands of products are rounded to bfloat16 first; all else is float32.
+`SplitOps` are float32 throughout: AMX multiplies three bfloat16 parts of each number.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .attention_decode import attention_decode, cache_kv, decode_scratch
 from .bf16_linear import bf16_scratch
 from .cross_entropy import add_losses, cross_entropy, cross_entropy_backward
 from .embedding import embedding, embedding_backward
-from .instructions import AMX, DOTS, FULL, Instructions
+from .instructions import AMX, DOTS, FULL, SPLIT, Instructions
 from .linear import (
     linear,
     linear_add,
@@ -36,8 +37,17 @@ from .rmsnorm import (
 )
 from .sample import sample, sample_philox, sample_scratch
 from .softmax import softmax, softmax_backward
+from .split_linear import split_scratch
 
-__all__ = ["AMX_UNIT", "AmxOps", "CompiledOps", "DotOps", "bf16_unit", "workspace_bytes"]
+__all__ = [
+    "AMX_UNIT",
+    "AmxOps",
+    "CompiledOps",
+    "DotOps",
+    "SplitOps",
+    "bf16_unit",
+    "workspace_bytes",
+]
 
 
 class CompiledOps(Instructions):
@@ -76,6 +86,13 @@ class CompiledOps(Instructions):
     adamw = adamw
     sample = sample
     sample_philox = sample_philox
+
+
+class SplitOps(CompiledOps):
+    """The same with products of float32 by AMX, where that is faster."""
+
+    unit = SPLIT
+    linear_scratch = staticmethod(split_scratch)
 
 
 class NarrowOps(CompiledOps):

@@ -17,17 +17,18 @@ from functools import cache
 
 from llvmlite import ir
 
-from .bf16 import SIDE, STEP
+from .bf16 import SIDE, STEP, TILES, strides
 from .code import FEATURES, I64, Code, places, word
 from .compile import compiled
 from .dots import finished
-from .tile import ADD, STORE
-from .vector import at, lanes, load, store_some
+from .tile import ADD, KEEP, RELU, STORE
+from .vector import at, keep, lanes, load, load_some, prefetch, store, store_some, vmax
 
 HAS_AMX = "+amx-bf16" in FEATURES and "+amx-tile" in FEATURES
 I8 = ir.IntType(8)
 ARCH_PRCTL, REQUEST, TILE_DATA = 158, 0x1023, 18  # Linux on x86-64: ARCH_REQ_XCOMP_PERM
 AMX_UNIT = "AMX"
+MORE = 4  # beside a mode
 A, B = (4, 5), (6, 7)  # registers; the sums are 0 to 3
 
 
@@ -110,31 +111,92 @@ def sums_store(code: Code, c: ir.Value, ldc: ir.Value) -> None:
 @word(places("-", "aia"))
 def sums_add(code: Code, a: ir.Value, lda: ir.Value, b: ir.Value) -> None:
     """Of 32 rows of a, 16 words each, and of 16 rows of a strip of b."""
+    _load_columns(code, b)
+    _load_rows(code, a, lda)
+    _multiply(code)
+
+
+@word(places("-", "aa"))
+def sums_add_small(code: Code, a: ir.Value, b: ir.Value) -> None:
+    """Of a step of three parts: all products but that of the first two.
+
+    In an order in which every product but the first loads one operand: 1 3, 1 2, 2 2, 2 1, 3 1.
+    """
+    for i, j in ((0, 2), (None, 1), (1, None), (None, 0), (2, None)):
+        if j is not None:
+            _load_columns(code, code.at(b, I64(j * TILES)))
+        if i is not None:
+            _load_rows(code, code.at(a, I64(i * TILES)), I64(STEP))
+        _multiply(code)
+
+
+def _load_columns(code: Code, b: ir.Value) -> None:
     for k, register in enumerate(B):
         _tile(code, "tileloadd64", register, code.at(b, I64(k * STEP)), I64(4 * SIDE))
+
+
+def _load_rows(code: Code, a: ir.Value, lda: ir.Value) -> None:
     for k, register in enumerate(A):
         start = code.builder.mul(lda, I64(k * STEP))
         _tile(code, "tileloadd64", register, code.at(a, start), _bytes(code, lda))
+
+
+def _multiply(code: Code) -> None:
     for i, row in enumerate(A):
         for j, column in enumerate(B):
             _tile(code, "tdpbf16ps", 2 * i + j, row, column)
 
 
 @compiled
-def amx_block(mode, m, n, k, a, lda, b, c, ldc, r, ldr, stage):
-    """A block of c by `mode`, of which m x n are there, from k words, whole tiles of them."""
-    whole = m >= SIDE and n >= SIDE
-    if whole and mode == ADD:
-        sums_load(r, ldr)
+def amx_block(parts, mode, m, n, k, a, lda, b, c, ldc, r, ldr, stage):
+    """A block of c by `mode`, of which m x n are there, from k words, whole tiles of them.
+
+    By mode + MORE, the sum is what c has and the products.
+    """
+    whole, more = m >= SIDE and n >= SIDE, mode >= MORE
+    mode %= MORE
+    of_r = mode in (ADD, KEEP)
+    adds = mode == ADD and parts == 1  # to r; small products would be lost in a large one
+    if whole and (adds or more):
+        sums_load(r if adds else c, ldr if adds else ldc)
+    elif more:
+        for i in range(min(m, SIDE)):
+            for j in range(0, min(n, SIDE), lanes(c)):
+                store(stage, i * SIDE + j, load_some(c, i * ldc + j, n - j, 0))
+        sums_load(stage, SIDE)
     else:
         sums_zero(c)
-    for part in range(0, k, STEP):
-        sums_add(at(a, part), lda, at(b, part * SIDE))
-    if whole and mode in (STORE, ADD):
+    for i in range(min(m, SIDE)):
+        for j in range(0, SIDE, lanes(c)):
+            prefetch(c, i * ldc + j)
+            if of_r:
+                prefetch(r, i * ldr + j)
+    to_row, to_step = strides(parts, lda)
+    if parts > 1:
+        for step in range(k // STEP):
+            sums_add_small(at(a, step * to_step), at(b, step * parts * TILES))
+    for step in range(k // STEP):
+        sums_add(at(a, step * to_step), to_row, at(b, step * parts * TILES))
+    if whole and (mode == STORE or adds):
         sums_store(c, ldc)
         return
     sums_store(stage, SIDE)
     for i in range(min(m, SIDE)):
         for j in range(0, min(n, SIDE), lanes(c)):
-            s = finished(mode, load(stage, i * SIDE + j), r, i * ldr + j, n - j)
-            store_some(c, i * ldc + j, s, n - j)
+            s, to = load(stage, i * SIDE + j), i * ldc + j
+            if whole:
+                store(c, to, finished_whole(mode, s, r, i * ldr + j))
+            else:
+                store_some(c, to, finished(mode, s, r, i * ldr + j, n - j), n - j)
+
+
+@compiled
+def finished_whole(mode, s, r, i):
+    """`finished`, of a vector that is all there."""
+    if mode == ADD:
+        return s + load(r, i)
+    if mode == RELU:
+        return vmax(0, s)
+    if mode == KEEP:
+        return keep(s, load(r, i))
+    return s

@@ -20,13 +20,15 @@ import math
 
 from .bf16 import (
     SIDE,
+    STAGE,
+    STEP,
     pack_columns,
     pack_rows,
     pack_strips_transposed,
     paired,
     words,
 )
-from .bf16_product import STAGE, block_product, units_close, units_open
+from .bf16_product import block_product, units_close, units_open
 from .compile import compiled
 from .tile import STORE
 from .vector import (
@@ -70,12 +72,12 @@ def _forward_head(unit, y, lse, q, rows, channels, n_head, scratch):
     scores = at(b_q, SIDE * depth)
     y_t = at(scores, up * SIDE)
     statistics = at(y_t, deep * SIDE)
-    pack_rows(at(q, channels), ld, rows, width, a_k)
-    pack_columns(at(q, 2 * channels), ld, width, rows, a_v)
+    pack_rows(at(q, channels), ld, rows, width, 1, a_k)
+    pack_columns(at(q, 2 * channels), ld, width, rows, 1, a_v, scratch)
     for start in range(0, rows, SIDE):
         count = min(SIDE, rows - start)
         keys = start + count
-        pack_strips_transposed(at(q, start * ld), ld, width, count, b_q)
+        pack_strips_transposed(at(q, start * ld), ld, width, count, 1, b_q, scratch)
         block_product(unit, STORE, keys, SIDE, width, a_k, depth, b_q, depth, scores, SIDE, scores,
                       SIDE, scratch)  # fmt: skip
         for j in range(0, SIDE, LANES):
@@ -107,18 +109,19 @@ def _exponentials(scores, start, keys, j, scale, statistics):
         m = vmax(m, keep_from(load(scores, i * SIDE + j), i - seen + 1, -math.inf))
     m = vmax(m, other) * scale
     sums = splat(scores, 0)
-    for i in range(0, start, 2):
+    for i in range(0, start, SIDE):
+        for row in range(i, i + STEP):
+            first = vexp(fma(load(scores, row * SIDE + j), scale, -m))
+            second = vexp(fma(load(scores, (row + STEP) * SIDE + j), scale, -m))
+            sums += first + second
+            store(scores, (row - i // 2) * SIDE + j, paired(first, second))
+    for i in range(start, start + STEP):
         first = vexp(fma(load(scores, i * SIDE + j), scale, -m))
-        second = vexp(fma(load(scores, (i + 1) * SIDE + j), scale, -m))
-        sums += first + second
-        store(scores, i // 2 * SIDE + j, paired(first, second))
-    for i in range(start, start + SIDE, 2):  # keys that are not: what no query is sees them
-        first = vexp(fma(load(scores, i * SIDE + j), scale, -m))
-        second = vexp(fma(load(scores, (i + 1) * SIDE + j), scale, -m))
+        second = vexp(fma(load(scores, (i + STEP) * SIDE + j), scale, -m))
         first = keep_from(first, i - start - j, 0)
-        second = keep_from(second, i + 1 - start - j, 0)
+        second = keep_from(second, i + STEP - start - j, 0)
         sums += first + second
-        store(scores, i // 2 * SIDE + j, paired(first, second))
+        store(scores, (i - start // 2) * SIDE + j, paired(first, second))
     store(statistics, j, m)
     store(statistics, SIDE + j, sums)
 

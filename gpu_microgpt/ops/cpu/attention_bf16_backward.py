@@ -7,7 +7,8 @@ import math
 from .attention_bf16 import LANES, turn_back
 from .bf16 import (
     SIDE,
-    joined,
+    STAGE,
+    STEP,
     pack_columns,
     pack_rows,
     pack_strips,
@@ -15,7 +16,7 @@ from .bf16 import (
     paired,
     words,
 )
-from .bf16_product import STAGE, block_product, units_close, units_open
+from .bf16_product import block_product, units_close, units_open
 from .compile import compiled
 from .tile import ADD, STORE
 from .vector import at, fma, keep_from, load, splat, store, vexp, vsum
@@ -52,9 +53,9 @@ def _backward_head(unit, dq, dy, y, lse, q, rows, channels, n_head, scratch):
     a_p = at(b_dy, deep * words(CHUNK))
     a_ds = at(a_p, up * KEPT)
     rest = at(a_ds, up * KEPT)
-    pack_rows(at(q, channels), ld, rows, width, a_k)
-    pack_rows(at(q, 2 * channels), ld, rows, width, a_v)
-    pack_columns(at(q, channels), ld, width, rows, a_kt)
+    pack_rows(at(q, channels), ld, rows, width, 1, a_k)
+    pack_rows(at(q, 2 * channels), ld, rows, width, 1, a_v)
+    pack_columns(at(q, channels), ld, width, rows, 1, a_kt, scratch)
     for chunk in range(0, rows, CHUNK):
         count = min(CHUNK, rows - chunk)
         for start in range(chunk, chunk + count, SIDE):
@@ -63,8 +64,8 @@ def _backward_head(unit, dq, dy, y, lse, q, rows, channels, n_head, scratch):
                            at(y, start * channels), at(lse, start * n_head), at(q, start * ld),
                            start, min(SIDE, rows - start), rows, channels, n_head, a_k, a_v, a_kt,
                            at(a_p, column), at(a_ds, column), rest, scratch)  # fmt: skip
-        pack_strips(at(q, chunk * ld), ld, count, width, b_q)
-        pack_strips(at(dy, chunk * channels), channels, count, width, b_dy)
+        pack_strips(at(q, chunk * ld), ld, count, width, 1, b_q)
+        pack_strips(at(dy, chunk * channels), channels, count, width, 1, b_dy)
         for key in range(0, chunk + count, SIDE):
             first = max(0, key - chunk)  # query of the chunk that sees any of these keys
             mode, more = STORE if key >= chunk else ADD, min(SIDE, chunk + count - key)
@@ -92,8 +93,8 @@ def _backward_tile(
     b_ds = at(slopes, 2 * words(rows) * SIDE)
     dq_t = at(b_ds, words(rows) * SIDE)
     statistics = at(dq_t, 2 * depth * SIDE)
-    pack_strips_transposed(q, ld, width, count, b_q)
-    pack_strips_transposed(dy, channels, width, count, b_dy)
+    pack_strips_transposed(q, ld, width, count, 1, b_q, stage)
+    pack_strips_transposed(dy, channels, width, count, 1, b_dy, stage)
     block_product(unit, STORE, keys, SIDE, width, a_k, depth, b_q, depth, scores, SIDE, scores,
                   SIDE, stage)  # fmt: skip
     block_product(unit, STORE, keys, SIDE, width, a_v, depth, b_dy, depth, slopes, SIDE, slopes,
@@ -118,25 +119,27 @@ def _slopes(scores, slopes, start, scale, statistics, a_p, a_ds, b_ds):
     """The words p^T and ds^T of a tile from s^T and dp^T; statistics: -lse, -scale sum of p dp."""
     low, high = load(statistics, 0), load(statistics, LANES)
     dot, dots = load(statistics, SIDE), load(statistics, SIDE + LANES)
-    for i in range(0, start + SIDE, 2):
-        to, below = i * SIDE, (i + 1) * SIDE
-        p0 = vexp(fma(load(scores, to), scale, low))
-        p1 = vexp(fma(load(scores, to + LANES), scale, high))
-        p2 = vexp(fma(load(scores, below), scale, low))
-        p3 = vexp(fma(load(scores, below + LANES), scale, high))
-        ds0 = p0 * fma(load(slopes, to), scale, dot)
-        ds1 = p1 * fma(load(slopes, to + LANES), scale, dots)
-        ds2 = p2 * fma(load(slopes, below), scale, dot)
-        ds3 = p3 * fma(load(slopes, below + LANES), scale, dots)
-        if i >= start:
-            n0, n1 = i - start, i - start - LANES
-            p0, ds0 = keep_from(p0, n0, 0), keep_from(ds0, n0, 0)
-            p1, ds1 = keep_from(p1, n1, 0), keep_from(ds1, n1, 0)
-            p2, ds2 = keep_from(p2, n0 + 1, 0), keep_from(ds2, n0 + 1, 0)
-            p3, ds3 = keep_from(p3, n1 + 1, 0), keep_from(ds3, n1 + 1, 0)
-        store(a_p, i * KEPT, joined(p0, p1))
-        store(a_p, (i + 1) * KEPT, joined(p2, p3))
-        store(a_ds, i * KEPT, joined(ds0, ds1))
-        store(a_ds, (i + 1) * KEPT, joined(ds2, ds3))
-        store(b_ds, i // 2 * SIDE, paired(ds0, ds2))
-        store(b_ds, i // 2 * SIDE + LANES, paired(ds1, ds3))
+    for block in range(0, start + SIDE, SIDE):
+        for i in range(block, block + STEP):
+            to, below = i * SIDE, (i + STEP) * SIDE
+            p0 = vexp(fma(load(scores, to), scale, low))
+            p1 = vexp(fma(load(scores, to + LANES), scale, high))
+            p2 = vexp(fma(load(scores, below), scale, low))
+            p3 = vexp(fma(load(scores, below + LANES), scale, high))
+            ds0 = p0 * fma(load(slopes, to), scale, dot)
+            ds1 = p1 * fma(load(slopes, to + LANES), scale, dots)
+            ds2 = p2 * fma(load(slopes, below), scale, dot)
+            ds3 = p3 * fma(load(slopes, below + LANES), scale, dots)
+            if block == start:
+                n0, n1 = i - start, i - start - LANES
+                n2, n3 = n0 + STEP, n1 + STEP
+                p0, ds0 = keep_from(p0, n0, 0), keep_from(ds0, n0, 0)
+                p1, ds1 = keep_from(p1, n1, 0), keep_from(ds1, n1, 0)
+                p2, ds2 = keep_from(p2, n2, 0), keep_from(ds2, n2, 0)
+                p3, ds3 = keep_from(p3, n3, 0), keep_from(ds3, n3, 0)
+            store(a_p, i * KEPT, paired(p0, p1))
+            store(a_p, (i + STEP) * KEPT, paired(p2, p3))
+            store(a_ds, i * KEPT, paired(ds0, ds1))
+            store(a_ds, (i + STEP) * KEPT, paired(ds2, ds3))
+            store(b_ds, (i - block // 2) * SIDE, paired(ds0, ds2))
+            store(b_ds, (i - block // 2) * SIDE + LANES, paired(ds1, ds3))

@@ -10,8 +10,7 @@ from .attention import attention_backward as full_attention_backward
 from .attention import attention_scratch as full_scratch
 from .attention_bf16 import LANES
 from .attention_bf16_backward import CHUNK, KEPT
-from .bf16 import SIDE
-from .bf16_product import STAGE
+from .bf16 import SIDE, STAGE
 from .instructions import ATTENTION, ATTENTION_BACKWARD, Instructions
 
 

@@ -1,11 +1,16 @@
-"""linear.py's products with operands rounded to bfloat16 and float32 sums.
+"""linear.py's products on units of bfloat16: the same functions with the same arguments after
+`unit`.
 
-The same functions with the same arguments after `unit`: AMX, or DOTS for AVX512_BF16. Operands are
-rounded on their way into packed blocks; x, w, dy stay float32 where they
-lie, and so do all results.
+AMX or DOTS (AVX512_BF16): operands are rounded to bfloat16, sums are float32. SPLIT: operands are
+three parts each (split.py), multiplied by AMX, and the product is float32's, or nearer. Operands
+become words on their way into packed blocks; x, w, dy stay float32 where they lie, and so do all
+results.
 
-- y = x w^T, dx = dy w: all of w is packed once a call, then x or dy some rows at a time.
-- dw = dy^T x: sums over CHUNK rows; x is packed for them, dy in strips of OUTPUTS columns.
+- y = x w^T, dx = dy w: all of w is packed once a call, then x or dy some rows at a time. Of three
+  parts SIDE rows, DEPTH numbers of each: that block stays in L1 while w passes by, and w, DEPTH of
+  its numbers, in L2 while ROWS rows do.
+- dw = dy^T x: sums over CHUNK rows; x is packed for them, dy in strips of OUTPUTS columns. Of three
+  parts DEPTH rows and SIDE columns.
 """
 
 from __future__ import annotations
@@ -13,9 +18,21 @@ from __future__ import annotations
 from functools import cache
 
 from ...arena import Shape
-from .bf16 import SIDE, pack_columns, pack_rows, pack_strips, pack_strips_transposed, words
-from .bf16_product import STAGE, block_product, few_product, units_close, units_open
+from .amx import MORE
+from .bf16 import (
+    SIDE,
+    STAGE,
+    TILES,
+    pack_columns,
+    pack_rows,
+    pack_strips,
+    pack_strips_transposed,
+    packed_words,
+    words,
+)
+from .bf16_product import block_product, few_product, parts_of, units_close, units_open
 from .compile import compiled
+from .instructions import SPLIT
 from .tile import ADD, STORE
 from .vector import at
 
@@ -23,68 +40,84 @@ FEW = 12  # rows up to which packing w costs more than it gives
 ROWS = 128  # of x or dy packed at a time
 CHUNK = 256  # rows for one addition to dw
 OUTPUTS = 64  # columns of dy packed at a time
+DEPTH = 128  # terms of a sum at a time, of three parts: a block of 32 rows is 24 KiB
 
 
 @compiled
-def pack_weights(w, F, C, p):
-    """w (F, C) for y = x w^T."""
-    pack_strips_transposed(at(w, 0), C, C, F, p)
+def _block(unit, K):
+    """Rows of x that are packed at a time, and numbers of each."""
+    return (SIDE, DEPTH) if unit == SPLIT else (ROWS, K)
 
 
 @compiled
-def pack_weights_back(w, F, C, p):
-    """w (F, C) for dx = dy w."""
-    pack_strips(at(w, 0), C, F, C, p)
+def _mode(mode, more, after):
+    """Of a product that others in the same sum go before (`more`), or come after."""
+    if mode == ADD:
+        return ADD
+    return (STORE if after else mode) + (MORE if more else 0)
 
 
 @compiled
 def _times_packed(unit, mode, N, K, n, y, x, packed, r, block, stage):
     """y (N, n) = x (N, K) times what is packed."""
+    parts = parts_of(unit)
+    width = parts * words(K)
+    step, depth = _block(unit, K)
     units_open(unit, stage)
-    for i in range(0, N, ROWS):
-        rows = min(ROWS, N - i)
-        pack_rows(at(x, i * K), K, rows, K, block)
-        block_product(unit, mode, rows, n, K, block, words(K), packed, words(K), at(y, i * n), n,
-                      at(r, i * n), n, stage)  # fmt: skip
+    for group in range(0, N, ROWS):
+        end = min(N, group + ROWS)
+        for k in range(0, K, depth):
+            deep, some = min(depth, K - k), at(packed, k // SIDE * parts * TILES)
+            for i in range(group, end, step):
+                rows, c, old = min(step, end - i), at(y, i * n), at(r, i * n)
+                pack_rows(at(x, i * K + k), K, rows, deep, parts, block)
+                now = _mode(mode, k > 0, k + depth < K)
+                block_product(unit, now, rows, n, deep, block, parts * words(deep), some, width, c,
+                              n, c if k > 0 and mode == ADD else old, n, stage)  # fmt: skip
     units_close(unit, stage)
 
 
 @compiled
 def multiply(unit, mode, N, F, C, y, x, w, r, panel):
     """y = x w^T, by `mode` with r (N, F)."""
-    if N <= FEW:
+    if N <= FEW and unit != SPLIT:
         few_product(mode, N, F, C, at(x, 0), at(w, 0), at(y, 0), at(r, 0), at(panel, 0))
         return
+    parts = parts_of(unit)
     block = at(panel, STAGE)
-    packed = at(block, ROWS * words(C))
-    pack_weights(w, F, C, packed)
+    step, depth = _block(unit, C)
+    packed = at(block, step * parts * words(depth))
+    pack_strips_transposed(at(w, 0), C, C, F, parts, packed, panel)
     _times_packed(unit, mode, N, C, F, y, x, packed, r, block, at(panel, 0))
 
 
 @compiled
 def input_gradient(unit, mode, N, F, C, dx, dy, w, r, panel):
     """dx = dy w, by `mode` with r (N, C)."""
+    parts = parts_of(unit)
     block = at(panel, STAGE)
-    packed = at(block, ROWS * words(F))
-    pack_weights_back(w, F, C, packed)
+    step, depth = _block(unit, F)
+    packed = at(block, step * parts * words(depth))
+    pack_strips(at(w, 0), C, F, C, parts, packed)
     _times_packed(unit, mode, N, F, C, dx, dy, packed, r, block, at(panel, 0))
 
 
 @compiled
 def weight_gradient(unit, N, F, C, dw, dy, x, add, panel, block):
     """dw = dy^T x, or dw += it."""
-    stage, packed = at(panel, 0), at(panel, STAGE)
+    stage, packed, parts = at(panel, 0), at(panel, STAGE), parts_of(unit)
     units_open(unit, stage)
-    for i in range(0, N, CHUNK):
-        rows = min(CHUNK, N - i)
-        mode = ADD if add or i > 0 else STORE
-        pack_strips(at(x, i * C), C, rows, C, packed)
-        for f in range(0, F, OUTPUTS):
-            columns = min(OUTPUTS, F - f)
-            pack_columns(at(dy, i * F + f), F, columns, rows, at(block, 0))
+    chunk, outputs = (DEPTH, SIDE) if unit == SPLIT else (CHUNK, OUTPUTS)
+    for i in range(0, N, chunk):
+        rows = min(chunk, N - i)
+        mode, width = ADD if add or i > 0 else STORE, parts * words(rows)
+        pack_strips(at(x, i * C), C, rows, C, parts, packed)
+        for f in range(0, F, outputs):
+            columns = min(outputs, F - f)
+            pack_columns(at(dy, i * F + f), F, columns, rows, parts, at(block, 0), stage)
             c = at(dw, f * C)
-            block_product(unit, mode, columns, C, rows, at(block, 0), words(rows), packed,
-                          words(rows), c, C, c, C, stage)  # fmt: skip
+            block_product(unit, mode, columns, C, rows, at(block, 0), width, packed, width, c, C,
+                          c, C, stage)  # fmt: skip
     units_close(unit, stage)
 
 
@@ -96,17 +129,12 @@ def gradients(unit, mode, N, F, C, dx, dw, dy, x, w, add, panel, block):
 
 
 @cache
-def bf16_scratch(outputs: int, inputs: int, itemsize: int = 4) -> tuple[Shape, ...]:
+def bf16_scratch(outputs: int, inputs: int, itemsize: int) -> tuple[Shape, ...]:
     """Scratch shapes of a linear, in float32: a panel of packed weights and rows of x or dy, or of
     rows of x; a block of packed dy."""
-
-    def packed(k: int, n: int) -> int:
-        """Words of b (k, n)."""
-        return -(-k // SIDE) * SIDE // 2 * -(-n // SIDE) * SIDE
-
     panel = max(
-        packed(inputs, outputs) + packed(inputs, ROWS),
-        packed(outputs, inputs) + packed(outputs, ROWS),
-        packed(CHUNK, inputs),
+        packed_words(inputs, outputs) + packed_words(inputs, ROWS),
+        packed_words(outputs, inputs) + packed_words(outputs, ROWS),
+        packed_words(CHUNK, inputs),
     )
-    return (STAGE + panel,), (packed(CHUNK, OUTPUTS),)
+    return (STAGE + panel,), (packed_words(CHUNK, OUTPUTS),)

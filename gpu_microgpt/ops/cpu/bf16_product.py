@@ -14,45 +14,51 @@ For few rows: `few_product`, which reads b^T where it lies, rounding it on the w
 from __future__ import annotations
 
 from .amx import amx_block, tiles_close, tiles_open
-from .bf16 import SIDE, dot, pack_rows, words
+from .bf16 import SIDE, STEP, dot, pack_rows, words
 from .compile import compiled
 from .dots import dots_word, finished
-from .instructions import AMX
+from .instructions import DOTS, SPLIT
 from .tile import TWO, tile_word
 from .vector import at, lanes, store_some
 
-STAGE = SIDE * SIDE
 dot_tile = tile_word(TWO, 2, dot)
 dots_of = dots_word(dot)
 
 
 @compiled
+def parts_of(unit):
+    """Of a number, that are packed."""
+    return 3 if unit == SPLIT else 1
+
+
+@compiled
 def block_product(unit, mode, m, n, k, a, lda, b, ldb, c, ldc, r, ldr, stage):
     """c from a (m, k) and b (k, n), both packed; between `units_open` and `units_close`."""
-    width, pairs = words(k), (k + 1) // 2
+    parts, width = parts_of(unit), words(k)
+    filled = k // SIDE * STEP + min(k % SIDE, STEP)  # words
     for j in range(0, n, SIDE):
         strip = at(b, j * ldb)
-        if unit == AMX:
+        if unit != DOTS:
             for i in range(0, m, SIDE):
-                amx_block(mode, m - i, n - j, width, at(a, i * lda), lda, strip,
+                amx_block(parts, mode, m - i, n - j, width, at(a, i * lda), lda, strip,
                           at(c, i * ldc + j), ldc, at(r, i * ldr + j), ldr, stage)  # fmt: skip
         else:
             for i in range(0, m, TWO):
-                dot_tile(mode, m - i, n - j, pairs, at(a, i * lda), lda, 1, strip, SIDE,
+                dot_tile(mode, m - i, n - j, filled, at(a, i * lda), lda, 1, strip, SIDE,
                          at(c, i * ldc + j), ldc, at(r, i * ldr + j), ldr)  # fmt: skip
 
 
 @compiled
 def units_open(unit, stage):
     """Before the first product of a call: AMX's registers belong to the thread."""
-    if unit == AMX:
+    if unit != DOTS:
         tiles_open(stage)
 
 
 @compiled
 def units_close(unit, stage):
     """After the last."""
-    if unit == AMX:
+    if unit != DOTS:
         tiles_close(stage)
 
 
@@ -61,10 +67,10 @@ def few_product(mode, m, n, k, a, bt, c, r, panel):
     """c (m, n) from a (m, k) and bt (n, k), rows end to end; panel: m + 16 rows of words."""
     width = words(k)
     group = at(panel, m * width)
-    pack_rows(a, k, m, k, panel)
+    pack_rows(a, k, m, k, 1, panel)
     for j in range(0, n, lanes(c)):
         count = min(lanes(c), n - j)
-        pack_rows(at(bt, j * k), k, count, k, group)
+        pack_rows(at(bt, j * k), k, count, k, 1, group)
         for i in range(m):
             s = dots_of(at(panel, i * width), group, width, count, width)
             store_some(c, i * n + j, finished(mode, s, r, i * n + j, count), count)

@@ -39,7 +39,8 @@ NAMES = (
     ATTENTION_DECODE, SOFTMAX, SOFTMAX_BACKWARD, CROSS_ENTROPY, CROSS_ENTROPY_BACKWARD, ADD_LOSSES,
     GLOBAL_NORM, CLIP_SCALE, ADAMW, SAMPLE,
 ) = range(len(NAMES))  # fmt: skip
-FULL, DOTS, AMX = range(3)  # what multiplies: as tile.py does, or bfloat16 on one of two units
+# What multiplies: as tile.py does, bfloat16 on one of two units, or float32 as split.py says
+FULL, DOTS, AMX, SPLIT = range(4)
 
 
 class Program:
@@ -63,7 +64,7 @@ class Program:
 class Instructions(Context):
     """What the compiled operations are methods of."""
 
-    unit: int  # FULL, DOTS or AMX
+    unit: int  # FULL, DOTS, AMX or SPLIT
     linear_scratch: Callable[[int, int, int], tuple[Shape, ...]]
     attention_scratch: Callable[[int, int, int, int], tuple[Shape, ...]]
     _play: Callable[..., None]  # play.play, which knows what every instruction does

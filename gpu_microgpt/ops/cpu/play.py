@@ -7,7 +7,7 @@ from typing import Any
 from numba import types
 from numba.extending import overload
 
-from . import attention_bf16, attention_bf16_backward, bf16_linear
+from . import attention_bf16, attention_bf16_backward, bf16_linear, split_linear
 from .adamw import adamw_flat, clip, norm_of
 from .amx import bf16_unit
 from .attention import attend, attend_backward
@@ -40,6 +40,7 @@ from .instructions import (
     SAMPLE,
     SOFTMAX,
     SOFTMAX_BACKWARD,
+    SPLIT,
 )
 from .linear import gradients, multiply
 from .relu import pass_positive, rectify
@@ -102,7 +103,7 @@ def _products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
     p, q, r = place(like, a[1]), place(like, a[2]), place(like, a[3])
     s, t, u = place(like, a[4]), place(like, a[5]), place(like, a[6])
     if _unit(a) != FULL:
-        _narrow_products(like, a, rows, sequences)
+        _unit_products(like, a, rows, sequences)
     elif a[0] == MULTIPLY:
         multiply(a[6], rows, a[7], a[8], p, q, r, s, t)
     elif a[0] == GRADIENTS:
@@ -126,7 +127,7 @@ def _products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
 
 @compiled
 def _unit(a: Any) -> Any:
-    """What multiplies: FULL, or a unit of bfloat16."""
+    """What multiplies: FULL, or another."""
     if a[0] == MULTIPLY:
         return a[9]
     if a[0] == GRADIENTS:
@@ -136,24 +137,29 @@ def _unit(a: Any) -> Any:
     return a[9] if a[0] == ATTENTION_BACKWARD else FULL
 
 
-def _narrow_products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
-    """Products of bfloat16: nothing where there are none, or for other floats than float32."""
+def _unit_products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
+    """Products on units of bfloat16: nothing where there are none, or for other floats."""
 
 
-@overload(_narrow_products, jit_options=OPTIONS, strict=False)
-def _choose_narrow_products(like: Any, a: Any, rows: Any, sequences: Any) -> Any:
+@overload(_unit_products, jit_options=OPTIONS, strict=False)
+def _choose_unit_products(like: Any, a: Any, rows: Any, sequences: Any) -> Any:
     if like.dtype == types.float32 and bf16_unit():
-        return lambda like, a, rows, sequences: _bf16_products(like, a, rows, sequences)
+        return lambda like, a, rows, sequences: _on_unit(like, a, rows, sequences)
     return lambda like, a, rows, sequences: None
 
 
 @compiled
-def _bf16_products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
+def _on_unit(like: Any, a: Any, rows: Any, sequences: Any) -> None:
     """As `_products`, on the instruction's unit."""
     p, q, r = place(like, a[1]), place(like, a[2]), place(like, a[3])
     s, t, u = place(like, a[4]), place(like, a[5]), place(like, a[6])
-    if a[0] == MULTIPLY:
+    if a[0] == MULTIPLY and a[9] == SPLIT:
+        split_linear.multiply(a[6], rows, a[7], a[8], p, q, r, s, t)
+    elif a[0] == MULTIPLY:
         bf16_linear.multiply(a[9], a[6], rows, a[7], a[8], p, q, r, s, t)
+    elif a[0] == GRADIENTS and a[12] == SPLIT:
+        panel, block = u, place(like, a[7])
+        split_linear.gradients(a[8], rows, a[9], a[10], p, q, r, s, t, a[11], panel, block)
     elif a[0] == GRADIENTS:
         panel, block = u, place(like, a[7])
         bf16_linear.gradients(

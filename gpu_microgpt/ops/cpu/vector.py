@@ -47,7 +47,7 @@ from numba import types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin
 
-from .code import I64, Code, Vec, places, word
+from .code import I32, I64, Code, Vec, places, word
 from .vector_functions import quotient as quotient
 from .vector_functions import vexp as vexp
 from .vector_functions import vlog as vlog
@@ -106,6 +106,12 @@ def double(context: Any, bits: Any) -> Any:
 def load(code: Code, a: ir.Value, i: ir.Value) -> ir.Value:
     """a[i:i + lanes]."""
     return code.load(a, i)
+
+
+@word(places("-", "ai"))
+def prefetch(code: Code, a: ir.Value, i: ir.Value) -> None:
+    """Ask for the cache line of a[i], to be written too; any address will do."""
+    code.call("llvm.prefetch.p0", ir.VoidType(), [code.at(a, i), I32(1), I32(3), I32(1)])
 
 
 @word(places("-", "aiv"))

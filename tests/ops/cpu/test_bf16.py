@@ -40,15 +40,38 @@ shapes = pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
 
 
 @compiled
-def packings(name, matrix, ld, count, k, p):
+def packings(name, matrix, ld, count, k, parts, p, turned):
     if name == 0:
-        pack_rows(at(matrix, 0), ld, count, k, at(p, 0))
+        pack_rows(at(matrix, 0), ld, count, k, parts, at(p, 0))
     elif name == 1:
-        pack_columns(at(matrix, 0), ld, count, k, at(p, 0))
+        pack_columns(at(matrix, 0), ld, count, k, parts, at(p, 0), at(turned, 0))
     elif name == 2:
-        pack_strips(at(matrix, 0), ld, k, count, at(p, 0))
+        pack_strips(at(matrix, 0), ld, k, count, parts, at(p, 0))
     else:
-        pack_strips_transposed(at(matrix, 0), ld, k, count, at(p, 0))
+        pack_strips_transposed(at(matrix, 0), ld, k, count, parts, at(p, 0), at(turned, 0))
+
+
+def packed_parts(name, numbers, parts):
+    """What the words of packed rows hold, (parts, rows, words(k) * 2) uint16, in the order of k.
+
+    numbers (rows, k); name: of `packings`. Whole blocks or strips of rows come back.
+    """
+    count, k = numbers.shape
+    steps, sides = -(-k // SIDE), -(-count // SIDE)
+    lies = up_to_the_edge(np.ascontiguousarray(numbers.T if name in (1, 2) else numbers))
+    blocked = parts > 1 or name > 1
+    rows = sides * SIDE if blocked else -(-count // 16) * 16 if name == 1 else count
+    packed = up_to_the_edge(np.full((rows * parts * steps * 16,), np.nan, np.float32))
+    packings(name, lies, lies.shape[1], count, k, parts, packed, scratch(1, 1)[0])
+    if not blocked:
+        words = packed.reshape(1, rows, steps, 16).swapaxes(1, 2)[:, :, None]
+    elif name < 2:
+        words = packed.reshape(sides, steps, parts, SIDE, 16)
+    else:
+        words = packed.reshape(sides, steps, parts, 16, SIDE).swapaxes(3, 4)
+    pairs = np.ascontiguousarray(words).view(np.uint16).reshape(*words.shape, 2)
+    numbers = pairs.transpose(2, 0, 3, 1, 5, 4)  # parts, sides, rows, steps, halves, words
+    return numbers.reshape(parts, -1, steps * SIDE)[:, :count]
 
 
 def functions(unit):
@@ -59,7 +82,7 @@ def functions(unit):
 
 
 def scratch(outputs, inputs):
-    shapes = bf16_linear.bf16_scratch(outputs, inputs)
+    shapes = bf16_linear.bf16_scratch(outputs, inputs, 4)
     return [up_to_the_edge(np.full(shape, np.nan, np.float32)) for shape in shapes]
 
 
@@ -96,39 +119,31 @@ def assert_only_sums_differ(got, mode, a, b, r):
     assert error.max() <= 2 * np.abs(plain - wide).max() + 2**-23 * terms.max()
 
 
-def bits(words):
-    return np.ascontiguousarray(words).view(np.uint16)
-
-
 @needs_bf16
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("name", range(4), ids=["rows", "columns", "strips", "strips transposed"])
 @pytest.mark.parametrize(("count", "k"), [(1, 1), (5, 37), (16, 32), (33, 31), (64, 64), (48, 66)])
-def test_packed_words_are_the_rounded_numbers(name, count, k):
+def test_packed_words_are_the_rounded_numbers(name, count, k, parts):
     import ml_dtypes
 
     numbers = normal("float32", count, k)
     numbers.flat[:: max(3, k // 2)] = 1 + 2**-8  # ties: down, ...
     numbers.flat[1 :: max(5, k // 2)] = 1 + 3 * 2**-8  # ... and up to even
-    width, to = -(-k // 32) * 16, {1: 16, 2: SIDE, 3: SIDE}.get(name, 1)
-    lies = up_to_the_edge(np.ascontiguousarray(numbers.T if name in (1, 2) else numbers))
-    packed = up_to_the_edge(np.full((-(-count // to) * to * width,), np.nan, np.float32))
-    packings(name, lies, lies.shape[1], count, k, packed)
-    if name < 2:
-        got = bits(packed.reshape(-1, width)[:count]).reshape(count, 2 * width)
+    got = packed_parts(name, numbers, parts)
+    assert not got[:, :, k:].any()
+    if parts == 1:
+        assert (got[0, :, :k] == numbers.astype(ml_dtypes.bfloat16).view(np.uint16)).all()
     else:
-        strips = packed.reshape(-1, width, SIDE).swapaxes(1, 2).reshape(-1, width)
-        got = bits(strips)[:count].reshape(count, 2 * width)
-    wanted = np.zeros((count, 2 * width), np.uint16)
-    wanted[:, :k] = numbers.astype(ml_dtypes.bfloat16).view(np.uint16)
-    assert (got == wanted).all()
+        first, second, third = (got[:, :, :k].astype(np.uint32) << 16).view(np.float32)
+        assert (first.astype(float) + second + third == numbers).all()
+        assert (np.abs(numbers - first) <= 2**-8 * np.abs(numbers)).all()
+        assert (np.abs(third) <= 2**-8 * np.abs(second)).all()
 
 
 @needs_bf16
 def test_rounding_of_extremes():
     numbers = np.array([[np.nan, np.inf, -np.inf, -0.0, 3.4e38, -3.4e38, 1e-37, -np.nan]], "f4")
-    packed = np.full((1, 16), np.nan, np.float32)
-    packings(0, numbers, 8, 1, 8, packed)
-    got = (bits(packed)[0, :8].astype(np.uint32) << 16).view(np.float32)
+    got = (packed_parts(0, numbers, 1)[0, 0, :8].astype(np.uint32) << 16).view(np.float32)
     np.testing.assert_array_equal(got, rounded(numbers)[0])
     assert np.signbit(got[3])
 
