@@ -254,11 +254,12 @@ def test_profiled_steps_are_done_one_by_one(tmp_path):
     with engine.backend:
         engine.train(2)
     assert engine.optimizer.params.flat.tobytes() != before
-    assert train(engine, 3).tobytes() == train(plain, 2)[1:].tobytes()
+    assert train(engine, 3, 12).tobytes() == train(plain, 2, 12)[1:].tobytes()
     before = engine.optimizer.params.flat.tobytes()
     with engine.backend:
-        engine.train(STEPS + 1)  # those after them wait as ever
+        engine.train(13)  # those after them wait as ever
     assert engine.optimizer.params.flat.tobytes() == before
+    assert train(engine, 14)[1:].tobytes() == train(plain, 13)[2:].tobytes()
 
 
 def test_where_the_time_goes(tmp_path, monkeypatch):
