@@ -149,6 +149,7 @@ class CompiledEngine(HostEngine):
         self._together = int(max(1, min(self.ring, CALL_FLOPS // flops)))
         self._eager = PROFILED_STEPS if config.profile else 0
         self._waiting: list[int] = []
+        self._last: int | None = None
 
     def train(self, step: int) -> None:
         """Do it with those that wait, or leave it to wait. Raises ValueError where a step is left
@@ -157,8 +158,9 @@ class CompiledEngine(HostEngine):
             self._eager -= 1
             super().train(step)
             return
-        if self._waiting and step != self._waiting[-1] + 1:
-            raise ValueError(f"train: got step {step}, wanted {self._waiting[-1] + 1}")
+        if self._last is not None and step != self._last + 1:
+            raise ValueError(f"train: got step {step}, wanted {self._last + 1}")
+        self._last = step
         self._waiting.append(step)
         if len(self._waiting) == self._together:
             self._work()
@@ -173,8 +175,9 @@ class CompiledEngine(HostEngine):
         again on the last batch and timed alone. The weights are worth nothing afterwards."""
         self._work()
         recorded, pieces = self._shards.recorded[0], self._shards.pieces
-        batch = recorded.memory[1][-1]  # offsets, of the last piece
-        sequences = int(batch.argmax())
+        batch = recorded.memory[1][-1]  # offsets of the last piece, then what was there before
+        ends = np.flatnonzero(batch[1:] <= batch[:-1])
+        sequences = int(ends[0]) if len(ends) else len(batch) - 1
         programs = [(recorded.passes[0], pieces), (self._update, 1)]
         share = seconds / sum(len(program.code) for program, _ in programs)
         times: dict[str, float] = defaultdict(float)

@@ -206,6 +206,8 @@ def test_steps_wait_until_they_are_asked_for(tmp_path):
         assert after != before
         assert engine.ask().steps == 0
         assert engine.optimizer.params.flat.tobytes() == after
+        with pytest.raises(ValueError, match="got step 4, wanted 3"):
+            engine.train(4)
         engine.train(3)
         with pytest.raises(ValueError, match="got step 5, wanted 4"):
             engine.train(5)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numba
 import platformdirs
+from filelock import FileLock
 from numba import types
 from numba.core.event import Listener, register
 
@@ -42,7 +43,20 @@ def compiled(function: Callable[..., Any]) -> Any:
     finally:
         numba.config.CACHE_DIR = before
     _take_constants_as_variables(dispatcher)
+    if folder:
+        _save_alone(dispatcher, Path(folder) / "lock")
     return dispatcher
+
+
+def _save_alone(dispatcher: Any, lock: Path) -> None:
+    """Two first runs at once would give code of two dtypes the same file name."""
+    save = dispatcher._cache.save_overload
+
+    def save_alone(*compiled_code: Any) -> None:
+        with FileLock(lock):
+            save(*compiled_code)
+
+    dispatcher._cache.save_overload = save_alone
 
 
 def _take_constants_as_variables(dispatcher: Any) -> None:

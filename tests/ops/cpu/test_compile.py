@@ -114,3 +114,17 @@ def test_nan_stays_and_division_by_zero_is_infinite():
 
     assert divided(1.0, 0.0) == (np.inf, False)
     assert divided(np.nan, 1.0)[1]
+
+
+def test_two_processes_save_one_after_the_other(tmp_path):
+    """Each of a dtype of its own, at once, the first time: both are found again."""
+    script = SCRIPT.replace("np.float32)", "sys.argv[2])")
+    assert script != SCRIPT
+    for wanted in ("0\n", "1\n"):
+        running = [
+            subprocess.Popen([sys.executable, "-c", script, str(tmp_path), dtype],
+                             stdout=subprocess.PIPE, text=True)
+            for dtype in ("float32", "float64")
+        ]  # fmt: skip
+        assert [process.communicate()[0] for process in running] == [wanted, wanted]
+    assert list(tmp_path.rglob("compiled/*/lock"))
