@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Backend
+from .backend.numpy import NumpyBackend
 from .compiled_step import compiled_ops
+from .compiled_team import Team
 from .generate import Generator, PhiloxUniforms, Sampling, Uniforms, check_contexts
 from .model import GPT
 from .ops.cpu.decode import write_tokens
@@ -23,7 +24,7 @@ FIRST = 4  # ... and few at the beginning, so that reading can begin soon
 class CompiledGenerator(Generator):
     """`generate.Generator`, and the same texts: only its loop is compiled."""
 
-    def __init__(self, model: GPT, backend: Backend, sequences: int) -> None:
+    def __init__(self, model: GPT, backend: NumpyBackend, sequences: int) -> None:
         """Take memory for `sequences` texts, and record."""
         super().__init__(model, backend, sequences)
         ops = compiled_ops(self.memory)
@@ -31,6 +32,7 @@ class CompiledGenerator(Generator):
         with ops.recording() as self._program:
             self._logits = model.decode(self.memory, self._tokens, self.cache)
         self._heap = np.zeros(model.dims.vocab_size, np.int32)
+        self._team = Team(backend, self._program, model.dims, sequences)
 
     def run(
         self, contexts: Sequence[np.ndarray[Any, Any]], sampling: Sampling, uniforms: Uniforms
@@ -46,7 +48,7 @@ class CompiledGenerator(Generator):
         while True:
             count = min(ahead, sampling.max_tokens - position)
             draws = np.stack([uniforms(position + i) for i in range(count)])
-            written = self._write(sampling, draws, ended.copy())
+            written = self._write(sampling, draws, ended.copy(), decoded=position == 0)
             for tokens in written:
                 yield np.where(ended, -1, tokens)
                 if sampling.stop is not None:
@@ -57,20 +59,22 @@ class CompiledGenerator(Generator):
             for text, tokens in zip(texts, written.T, strict=True):
                 text += tokens.tolist()
             self._slide(texts)
-            self.model.decode(self.memory, self._tokens, self.cache)
-            self.cache.lengths += 1
             ahead = min(2 * ahead, AHEAD) if ahead > 1 else 1
 
     def _write(
-        self, sampling: Sampling, draws: np.ndarray[Any, Any], ended: np.ndarray[Any, Any]
-    ) -> np.ndarray[Any, Any]:
+        self, sampling: Sampling, draws: np.ndarray[Any, Any], ended: np.ndarray[Any, Any],
+        decoded: bool,
+    ) -> np.ndarray[Any, Any]:  # fmt: skip
         """Tokens (count, S) int32 for draws (count, S), or fewer: until all texts have ended, or
-        one is full. `ended` (S,) is overwritten."""
+        one is full. `ended` (S,) is overwritten; decoded: whether the last tokens are."""
         never, stop = (-1 if token is None else token for token in (sampling.never, sampling.stop))
         written = np.empty(draws.shape, np.int32)
         heat = (float(sampling.temperature), sampling.top_k, float(sampling.top_p))
-        count = write_tokens(
-            self._program.like, self._program.code, self._logits, self._tokens, self.cache.lengths,
-            written, ended, draws, self._heap, *heat, never, stop, self.block_size,
-        )  # fmt: skip
+        program, cache, team = self._program, self.cache, self._team
+        with team:
+            count = write_tokens(
+                program.like, program.code, self._logits, self._tokens, cache.lengths, written,
+                ended, draws, self._heap, *heat, never, stop, self.block_size, decoded, team.words,
+                team.results,
+            )  # fmt: skip
         return written[:count]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from importlib.util import find_spec
 from math import prod
@@ -146,12 +146,16 @@ class NumpyBackend:
         if len(tasks) == 1:
             tasks[0]()
             return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shard")
-        others = [self._pool.submit(_quietly, task) for task in tasks[1:]]
+        others = [self.start(task) for task in tasks[1:]]
         tasks[0]()
         for other in others:
             other.result()
+
+    def start(self, task: Callable[[], None]) -> Future[None]:
+        """Run the task on another thread, soon."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shard")
+        return self._pool.submit(_quietly, task)
 
     def memory(self) -> int | None:
         """Bytes of physical memory, where the system tells."""

@@ -38,27 +38,27 @@ def pack_weights_back(w, F, C, p):
 
 
 @compiled
-def _times_packed(unit, mode, N, K, n, y, x, packed, r, block, stage):
-    """y (N, n) = x (N, K) times what is packed."""
+def _times_packed(unit, mode, N, K, n, y, x, packed, r, block, stage, ld):
+    """y (N, n) = x (N, K) times what is packed; rows of y and r begin `ld` numbers apart."""
     units_open(unit, stage)
     for i in range(0, N, ROWS):
         rows = min(ROWS, N - i)
         pack_rows(at(x, i * K), K, rows, K, block)
-        block_product(unit, mode, rows, n, K, block, words(K), packed, words(K), at(y, i * n), n,
-                      at(r, i * n), n, stage)  # fmt: skip
+        block_product(unit, mode, rows, n, K, block, words(K), packed, words(K), at(y, i * ld), ld,
+                      at(r, i * ld), ld, stage)  # fmt: skip
     units_close(unit, stage)
 
 
 @compiled
-def multiply(unit, mode, N, F, C, y, x, w, r, panel):
-    """y = x w^T, by `mode` with r (N, F)."""
+def multiply(unit, mode, N, F, C, y, x, w, r, panel, ld):
+    """y = x w^T, by `mode` with r (N, F), whose rows and those of y begin `ld` numbers apart."""
     if N <= FEW:
-        few_product(mode, N, F, C, at(x, 0), at(w, 0), at(y, 0), at(r, 0), at(panel, 0))
+        few_product(mode, N, F, C, at(x, 0), at(w, 0), at(y, 0), at(r, 0), ld, at(panel, 0))
         return
     block = at(panel, STAGE)
     packed = at(block, ROWS * words(C))
     pack_weights(w, F, C, packed)
-    _times_packed(unit, mode, N, C, F, y, x, packed, r, block, at(panel, 0))
+    _times_packed(unit, mode, N, C, F, y, x, packed, r, block, at(panel, 0), ld)
 
 
 @compiled
@@ -67,7 +67,7 @@ def input_gradient(unit, mode, N, F, C, dx, dy, w, r, panel):
     block = at(panel, STAGE)
     packed = at(block, ROWS * words(F))
     pack_weights_back(w, F, C, packed)
-    _times_packed(unit, mode, N, F, C, dx, dy, packed, r, block, at(panel, 0))
+    _times_packed(unit, mode, N, F, C, dx, dy, packed, r, block, at(panel, 0), C)
 
 
 @compiled

@@ -57,8 +57,9 @@ def units_close(unit, stage):
 
 
 @compiled
-def few_product(mode, m, n, k, a, bt, c, r, panel):
-    """c (m, n) from a (m, k) and bt (n, k), rows end to end; panel: m + 16 rows of words."""
+def few_product(mode, m, n, k, a, bt, c, r, ldc, panel):
+    """c (m, n) from a (m, k) and bt (n, k), rows end to end, those of c and r `ldc` numbers apart;
+    panel: m + 16 rows of words."""
     width = words(k)
     group = at(panel, m * width)
     pack_rows(a, k, m, k, panel)
@@ -67,4 +68,4 @@ def few_product(mode, m, n, k, a, bt, c, r, panel):
         pack_rows(at(bt, j * k), k, count, k, group)
         for i in range(m):
             s = dots_of(at(panel, i * width), group, width, count, width)
-            store_some(c, i * n + j, finished(mode, s, r, i * n + j, count), count)
+            store_some(c, i * ldc + j, finished(mode, s, r, i * ldc + j, count), count)
