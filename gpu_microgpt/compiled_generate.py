@@ -40,10 +40,19 @@ class CompiledGenerator(Generator):
         """As Generator.run."""
         check_contexts(contexts, self.sequences)
         texts = [list(context) for context in contexts]
-        ended = np.zeros(len(texts), bool)
         self._logits[...] = self._read(
             [text[-self.block_size :] for text in texts], range(len(texts))
         )
+        try:
+            yield from self._written(texts, sampling, uniforms)
+        finally:
+            self._team.close()
+
+    def _written(
+        self, texts: list[list[int]], sampling: Sampling, uniforms: Uniforms
+    ) -> Iterator[np.ndarray[Any, Any]]:
+        """What follows the texts, which have been read."""
+        ended = np.zeros(len(texts), bool)
         position, ahead = 0, FIRST if isinstance(uniforms, PhiloxUniforms) else 1
         while True:
             count = min(ahead, sampling.max_tokens - position)
@@ -70,11 +79,11 @@ class CompiledGenerator(Generator):
         never, stop = (-1 if token is None else token for token in (sampling.never, sampling.stop))
         written = np.empty(draws.shape, np.int32)
         heat = (float(sampling.temperature), sampling.top_k, float(sampling.top_p))
-        program, cache, team = self._program, self.cache, self._team
-        with team:
-            count = write_tokens(
-                program.like, program.code, self._logits, self._tokens, cache.lengths, written,
-                ended, draws, self._heap, *heat, never, stop, self.block_size, decoded, team.words,
-                team.results,
-            )  # fmt: skip
+        program, team = self._program, self._team
+        team.gather()
+        count = write_tokens(
+            program.like, program.code, self._logits, self._tokens, self.cache.lengths, written,
+            ended, draws, self._heap, *heat, never, stop, self.block_size, decoded, team.words,
+            team.results,
+        )  # fmt: skip
         return written[:count]

@@ -1,22 +1,18 @@
 """The threads that write a text together: memory and a task for each helper of ops/cpu/team.py.
 
-A team is open while a compiled call writes tokens. No helper works or waits outside of that: each
-returns when the call ends, or within a millisecond where it hears nothing; so texts may be
-abandoned anywhere.
+Helpers stay from one compiled call to the next while a text is read without delay. Where the reader
+takes his time, or the text ends or is abandoned, they return within a millisecond.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from functools import partial
-from typing import Any
 
-import numpy as np
-
+from .backend.beside import usable_cores
 from .backend.numpy import NumpyBackend
 from .dims import Dims
 from .ops.cpu.instructions import Program
-from .ops.cpu.team import WIDTH, close_team, help_out, open_team
+from .ops.cpu.team import DONE, GONE, WIDTH, close_team, help_out, missing
 
 PART_BYTES = 1_000_000  # of weights a thread is to have at least: less gains nothing
 
@@ -24,29 +20,26 @@ PART_BYTES = 1_000_000  # of weights a thread is to have at least: less gains no
 class Team:
     """`words` and `results`: what compiled functions want of it."""
 
-    def __init__(
-        self, backend: NumpyBackend, program: Program, dims: Dims, sequences: int
-    ) -> None:
+    def __init__(self, backend: NumpyBackend, program: Program, dims: Dims, sequences: int) -> None:
         """Take memory for the helpers of a program that decodes for so many sequences."""
         self._backend, self._program, self._sequences = backend, program, sequences
-        helpers = members(dims, backend) - 1
+        threads = min(backend.threads, usable_cores())
+        helpers = members(dims, threads, backend.dtype.itemsize) - 1
         self.words = backend.zeros((1 + helpers, WIDTH), "i8")
+        self.words[:, DONE] = GONE
         largest = sequences * max(4 * dims.n_embd, dims.vocab_size)
         self.results = backend.zeros((helpers, largest), backend.dtype)
         room = backend.workspace_bytes(dims, sequences) // backend.dtype.itemsize
         self._scratch = [backend.zeros((room,), backend.dtype) for _ in range(helpers)]
-        self._tasks: list[Future[None] | None] = [None] * helpers
 
-    def __enter__(self) -> Team:
-        """Open it. A helper of the last time that has not returned yet needs no new task."""
-        open_team(self._program.code, self.words)
-        for i, task in enumerate(self._tasks):
-            if task is None or task.done():
-                self._tasks[i] = self._backend.start(partial(self._help, 1 + i))
-        return self
+    def gather(self) -> None:
+        """Send for the helpers that are not there; none is waited for."""
+        for helper in range(1, len(self.words)):
+            if missing(self._program.code, self.words, helper):
+                self._backend.start_beside(helper - 1, partial(self._help, helper))
 
-    def __exit__(self, *_: object) -> None:
-        """Close it, which the call has done if there was one."""
+    def close(self) -> None:
+        """Let all helpers return."""
         close_team(self.words)
 
     def _help(self, helper: int) -> None:
@@ -57,8 +50,7 @@ class Team:
         )
 
 
-def members(dims: Dims, backend: NumpyBackend) -> int:
+def members(dims: Dims, threads: int, itemsize: int) -> int:
     """How many threads gain by writing together: each has PART_BYTES of a token's weights."""
-    weights: Any = dims.vocab_size * dims.n_embd + 12 * dims.n_embd**2 * dims.n_layer
-    parts = int(weights * np.dtype(backend.dtype).itemsize // PART_BYTES)
-    return max(1, min(backend.threads, parts))
+    weights = dims.vocab_size * dims.n_embd + 12 * dims.n_embd**2 * dims.n_layer
+    return max(1, min(threads, weights * itemsize // PART_BYTES))

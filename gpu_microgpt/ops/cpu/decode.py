@@ -8,7 +8,7 @@ import numpy as np
 
 from .compile import compiled
 from .sample import sample_row
-from .team import close_team, play_together
+from .team import play_together
 from .vector import at
 
 
@@ -26,7 +26,7 @@ def write_tokens(
     written on until all have); uniforms (count, S) float64; heap (V,) int32: scratch. never, stop:
     ids or -1; longest: positions a cache holds. The last tokens drawn are not decoded: `tokens`
     keeps them, and `decoded` says whether those it holds at first are. words, results: the team's
-    (team.py), which is closed at the end.
+    (team.py).
     """
     size, vocab = logits.shape
     count = 0
@@ -45,5 +45,4 @@ def write_tokens(
         count += 1
         if ended.all() or lengths.max() == longest:
             break
-    close_team(words)
     return count

@@ -39,10 +39,10 @@ from .vector import at, place
 WIDTH = 32  # numbers in a row of words: two pairs of cache lines, as those are fetched in pairs
 COUNT = ASKED = 0  # where in its row: programs played; what the leader asks for
 DONE = 16  # the helper's answer
-CLOSED = -1  # asked for nothing more
-# A pause takes 10 to 50 ns, so that these are 4 to 20 us, and 0.2 to 1 ms
-PATIENCE = 400  # pauses until the leader does without a helper
-IDLE = 20_000  # pauses until a helper that is asked for nothing returns
+CLOSED, GONE, COMING = -1, -2, -3  # asked for nothing more; has returned; was sent for
+# A pause takes 10 to 50 ns, so that these are 20 to 100 us, and 0.5 to 2.5 ms
+PATIENCE = 2_000  # pauses until the leader does without a helper
+IDLE = 50_000  # pauses until a helper that is asked for nothing returns
 
 
 def _address(target: Any, builder: Any, kind: Any, words: Any, index: Any) -> Any:
@@ -95,12 +95,18 @@ def pause(context: Any) -> Any:
 
 
 @compiled
-def open_team(program: Any, words: Any) -> None:
-    """Ask all helpers whether they are there: for an instruction behind the program's last."""
+def missing(program: Any, words: Any, helper: Any) -> Any:
+    """Whether a helper is to be sent for, as it has returned or never came.
+
+    It is asked for an instruction behind the program's last, to say that it is there.
+    """
+    if load_word(words, helper * WIDTH + DONE) != GONE:
+        return False
     words[0, COUNT] += 1
-    for helper in range(1, len(words)):
-        number = words[0, COUNT] * (len(program) + 1) + len(program)
-        store_word(words, helper * WIDTH + ASKED, number)
+    number = words[0, COUNT] * (len(program) + 1) + len(program)
+    store_word(words, helper * WIDTH + DONE, COMING)
+    store_word(words, helper * WIDTH + ASKED, number)
+    return True
 
 
 @compiled
@@ -162,7 +168,7 @@ def _answered(words: Any, helper: Any, number: Any) -> Any:
 def help_out(
     like: Any, program: Any, rows: Any, words: Any, helper: Any, results: Any, scratch: Any
 ) -> None:
-    """What a helper does, from 1 on: its parts, until the team closes or forgets it.
+    """What a helper does, from 1 on: its parts, until the team is closed or forgets it.
 
     results (helpers, largest result) floats: where they leave what they did. scratch: a place, the
     helper's own.
@@ -172,7 +178,7 @@ def help_out(
     while idle < IDLE:
         number = load_word(words, helper * WIDTH + ASKED)
         if number == CLOSED:
-            return
+            break
         if number == done:
             pause()
             idle += 1
@@ -182,3 +188,4 @@ def help_out(
             play_part(like, program[i], rows, helper, parts, y, scratch)
         store_word(words, helper * WIDTH + DONE, number)
         done, idle = number, 0
+    store_word(words, helper * WIDTH + DONE, GONE)
