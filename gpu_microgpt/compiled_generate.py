@@ -58,10 +58,9 @@ class CompiledGenerator(Generator):
             count = min(ahead, sampling.max_tokens - position)
             draws = np.stack([uniforms(position + i) for i in range(count)])
             written = self._write(sampling, draws, ended.copy(), decoded=position == 0)
-            for tokens in written:
-                yield np.where(ended, -1, tokens)
-                if sampling.stop is not None:
-                    ended |= tokens == sampling.stop
+            stopped = np.vstack([ended, written == sampling.stop]).cumsum(0) > 0
+            yield from np.where(stopped[:-1], -1, written)
+            ended = stopped[-1]
             position += len(written)
             if ended.all() or position == sampling.max_tokens:
                 return

@@ -12,9 +12,10 @@ from .backend.beside import usable_cores
 from .backend.numpy import NumpyBackend
 from .dims import Dims
 from .ops.cpu.instructions import Program
-from .ops.cpu.team import DONE, GONE, WIDTH, close_team, help_out, missing
+from .ops.cpu.team import DONE, GONE, LATE, WIDTH, close_team, help_out, missing
 
 PART_BYTES = 1_000_000  # of weights a thread is to have at least: less gains nothing
+REST = 8  # calls without helpers after one in which they came too late: cores are wanted elsewhere
 
 
 class Team:
@@ -26,14 +27,26 @@ class Team:
         threads = min(backend.threads, usable_cores())
         helpers = members(dims, threads, backend.dtype.itemsize) - 1
         self.words = backend.zeros((1 + helpers, WIDTH), "i8")
-        self.words[:, DONE] = GONE
+        self.words[1:, DONE] = GONE
         largest = sequences * max(4 * dims.n_embd, dims.vocab_size)
         self.results = backend.zeros((helpers, largest), backend.dtype)
         room = backend.workspace_bytes(dims, sequences) // backend.dtype.itemsize
+        self._late, self._rest = 0, 0
         self._scratch = [backend.zeros((room,), backend.dtype) for _ in range(helpers)]
 
     def gather(self) -> None:
-        """Send for the helpers that are not there; none is waited for."""
+        """Send for the helpers that are not there, before a compiled call; none is waited for.
+
+        After a call in which one came too late they are let go for a while: where others compute on
+        these cores, a second thread of ours would take time from the first.
+        """
+        late, self._late = self._late, int(self.words[0, LATE])
+        if self._late > late:
+            self._rest = REST
+            self.close()
+        if self._rest:
+            self._rest -= 1
+            return
         for helper in range(1, len(self.words)):
             if missing(self._program.code, self.words, helper):
                 self._backend.start_beside(helper - 1, partial(self._help, helper))

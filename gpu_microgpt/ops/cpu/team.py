@@ -37,8 +37,8 @@ from .play import perform, play
 from .vector import at, place
 
 WIDTH = 32  # numbers in a row of words: two pairs of cache lines, as those are fetched in pairs
-COUNT = ASKED = 0  # where in its row: programs played; what the leader asks for
-DONE = 16  # the helper's answer
+COUNT, LATE = 0, 16  # where in row 0: what was played; how often an answer did not come in time
+ASKED, DONE = 0, 16  # in a helper's: what the leader asks for; the answer
 CLOSED, GONE, COMING = -1, -2, -3  # asked for nothing more; has returned; was sent for
 # A pause takes 10 to 50 ns, so that these are 20 to 100 us, and 0.5 to 2.5 ms
 PATIENCE = 2_000  # pauses until the leader does without a helper
@@ -151,6 +151,7 @@ def _share(like: Any, a: Any, rows: Any, words: Any, results: Any, number: Any) 
             if _answered(words, part, number):
                 bring_part(like, a, rows, part, parts, at(results, (part - 1) * results.shape[1]))
             else:
+                words[0, LATE] += 1
                 play_part(like, a, rows, part, parts, y, scratch)
 
 
