@@ -16,6 +16,7 @@ from .compiled_team import Team
 from .generate import Generator, PhiloxUniforms, Sampling, Uniforms, check_contexts
 from .model import GPT
 from .ops.cpu.decode import write_tokens
+from .ops.cpu.packed import PackedWeights
 
 AHEAD = 32  # tokens of a text in one call: enough to hide what a call costs ...
 FIRST = 4  # ... and few at the beginning, so that reading can begin soon
@@ -31,18 +32,20 @@ class CompiledGenerator(Generator):
         self._tokens = backend.zeros((sequences,), "i4")
         with ops.recording() as self._program:
             self._logits = model.decode(self.memory, self._tokens, self.cache)
+        self._weights = PackedWeights(self._program, sequences, backend.zeros)
         self._heap = np.zeros(model.dims.vocab_size, np.int32)
         self._team = Team(backend, self._program, model.dims, sequences)
 
     def run(
         self, contexts: Sequence[np.ndarray[Any, Any]], sampling: Sampling, uniforms: Uniforms
     ) -> Iterator[np.ndarray[Any, Any]]:
-        """As Generator.run."""
+        """As Generator.run, with the weights as they are when it begins."""
         check_contexts(contexts, self.sequences)
         texts = [list(context) for context in contexts]
         self._logits[...] = self._read(
             [text[-self.block_size :] for text in texts], range(len(texts))
         )
+        self._weights.pack()
         try:
             yield from self._written(texts, sampling, uniforms)
         finally:

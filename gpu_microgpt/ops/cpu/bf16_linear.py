@@ -4,7 +4,8 @@ The same functions with the same arguments after `unit`: AMX, or DOTS for AVX512
 rounded on their way into packed blocks; x, w, dy stay float32 where they
 lie, and so do all results.
 
-- y = x w^T, dx = dy w: all of w is packed once a call, then x or dy some rows at a time.
+- y = x w^T, dx = dy w: all of w is packed once a call, then x or dy some rows at a time. For y it
+  may also have been packed before (`multiply_packed`).
 - dw = dy^T x: sums over CHUNK rows; x is packed for them, dy in strips of OUTPUTS columns.
 """
 
@@ -26,9 +27,12 @@ OUTPUTS = 64  # columns of dy packed at a time
 
 
 @compiled
-def pack_weights(w, F, C, p):
-    """w (F, C) for y = x w^T."""
-    pack_strips_transposed(at(w, 0), C, C, F, p)
+def pack_weights(N, w, F, C, p):
+    """w (F, C) for y = x w^T of N rows; output f begins at f words(C) if it is one in 32."""
+    if N <= FEW:
+        pack_rows(at(w, 0), C, F, C, p)
+    else:
+        pack_strips_transposed(at(w, 0), C, C, F, p)
 
 
 @compiled
@@ -52,13 +56,18 @@ def _times_packed(unit, mode, N, K, n, y, x, packed, r, block, stage, ld):
 @compiled
 def multiply(unit, mode, N, F, C, y, x, w, r, panel, ld):
     """y = x w^T, by `mode` with r (N, F), whose rows and those of y begin `ld` numbers apart."""
+    packed = at(panel, STAGE + ROWS * words(C))
+    pack_weights(N, w, F, C, packed)
+    multiply_packed(unit, mode, N, F, C, y, x, packed, r, panel, ld)
+
+
+@compiled
+def multiply_packed(unit, mode, N, F, C, y, x, packed, r, panel, ld):
+    """The same with w as `pack_weights` has left it."""
     if N <= FEW:
-        few_product(mode, N, F, C, at(x, 0), at(w, 0), at(y, 0), at(r, 0), ld, at(panel, 0))
-        return
-    block = at(panel, STAGE)
-    packed = at(block, ROWS * words(C))
-    pack_weights(w, F, C, packed)
-    _times_packed(unit, mode, N, C, F, y, x, packed, r, block, at(panel, 0), ld)
+        few_product(mode, N, F, C, at(x, 0), at(packed, 0), at(y, 0), at(r, 0), ld, at(panel, 0))
+    else:
+        _times_packed(unit, mode, N, C, F, y, x, packed, r, at(panel, STAGE), at(panel, 0), ld)
 
 
 @compiled

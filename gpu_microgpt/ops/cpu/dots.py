@@ -2,10 +2,11 @@
 
     product_of_few(mode, m, n, k, a, bt, c, r, ldc)
 
-a (m, k) and bt (n, k) have contiguous rows, end to end, those of c and r (m, n) begin `ldc` numbers
-apart, so that some columns of a larger product can be computed; the modes are tile.py's. bt is read in place: packing it for so few rows of a would cost more than the product. As many rows of bt
-as a vector has lanes make a group, which stays in L1 while the rows of a pass by. A sum runs along
-a vector, over l; the vectors of a group are added up together, each into its own lane.
+a (m, k) and bt (n, k) have contiguous rows, end to end; those of c and r (m, n) begin `ldc` numbers
+apart, as they may be some columns of a larger product. The modes are tile.py's. bt is read in
+place: packing it for so few rows of a would cost more than the product. As many rows of bt as a
+vector has lanes make a group, which stays in L1 while the rows of a pass by. A sum runs along a
+vector, over l; the vectors of a group are added up together, each into its own lane.
 """
 
 from __future__ import annotations

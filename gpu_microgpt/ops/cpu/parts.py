@@ -17,6 +17,7 @@ from numba.extending import overload
 from . import bf16_linear
 from .amx import bf16_unit
 from .attention_decode import decode
+from .bf16 import words
 from .compile import OPTIONS, compiled
 from .instructions import ATTENTION_DECODE, FULL, MULTIPLY
 from .linear import multiply
@@ -55,13 +56,12 @@ def play_part(like: Any, a: Any, rows: Any, part: Any, parts: Any, y: Any, scrat
         decode(y, q, r, s, ints(a[5]), scratch, first, last, a[7], a[8], a[9])
         return
     mode, outputs, inputs = a[6], a[7], a[8]
-    to, w, residual = at(y, first), at(r, first * inputs), at(s, first)
+    to, residual, count = at(y, first), at(s, first), last - first
     if a[9] == FULL:
-        multiply(mode, rows, last - first, inputs, to, q, w, residual, scratch, outputs)
+        w = at(r, first * inputs)
+        multiply(mode, rows, count, inputs, to, q, w, residual, scratch, outputs)
     else:
-        _narrow_multiply(
-            a[9], mode, rows, last - first, inputs, to, q, w, residual, scratch, outputs
-        )
+        _narrow_multiply(a, rows, first, count, to, q, r, residual, scratch)
 
 
 @compiled
@@ -78,19 +78,33 @@ def bring_part(like: Any, a: Any, rows: Any, part: Any, parts: Any, y: Any) -> N
 
 
 def _narrow_multiply(
-    unit: Any, mode: Any, N: Any, F: Any, C: Any, y: Any, x: Any, w: Any, r: Any, panel: Any,
-    ld: Any,
-) -> None:  # fmt: skip
-    """bf16_linear.multiply: nothing where there is no unit, or for other floats than float32."""
+    a: Any, rows: Any, first: Any, count: Any, y: Any, x: Any, w: Any, r: Any, panel: Any
+) -> None:
+    """Products of bfloat16: nothing where there are none, or for other floats than float32."""
 
 
 @overload(_narrow_multiply, jit_options=OPTIONS, strict=False)
 def _choose_narrow_multiply(
-    unit: Any, mode: Any, N: Any, F: Any, C: Any, y: Any, x: Any, w: Any, r: Any, panel: Any,
-    ld: Any,
-) -> Any:  # fmt: skip
+    a: Any, rows: Any, first: Any, count: Any, y: Any, x: Any, w: Any, r: Any, panel: Any
+) -> Any:
     if x.dtype == types.float32 and bf16_unit():
-        return lambda unit, mode, N, F, C, y, x, w, r, panel, ld: bf16_linear.multiply(
-            unit, mode, N, F, C, y, x, w, r, panel, ld
+        return lambda a, rows, first, count, y, x, w, r, panel: _bf16_multiply(
+            a, rows, first, count, y, x, w, r, panel
         )
-    return lambda unit, mode, N, F, C, y, x, w, r, panel, ld: None
+    return lambda a, rows, first, count, y, x, w, r, panel: None
+
+
+@compiled
+def _bf16_multiply(
+    a: Any, rows: Any, first: Any, count: Any, y: Any, x: Any, w: Any, r: Any, panel: Any
+) -> None:
+    """So many outputs from `first` on, on the instruction's unit, its weights packed or not."""
+    mode, outputs, inputs, unit = a[6], a[7], a[8], a[9]
+    if a[10]:
+        packed = at(w, first * words(inputs))
+        bf16_linear.multiply_packed(
+            unit, mode, rows, count, inputs, y, x, packed, r, panel, outputs
+        )
+    else:
+        some = at(w, first * inputs)
+        bf16_linear.multiply(unit, mode, rows, count, inputs, y, x, some, r, panel, outputs)

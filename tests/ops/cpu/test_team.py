@@ -124,10 +124,9 @@ class Helpers:
                 self.threads[-1].start()
 
     def help(self, helper: int) -> None:
-        program, scratch = self.decoding.program, np.zeros(1 << 18, self.results.dtype)
-        help_out(
-            program.like, program.code, self.decoding.rows, self.words, helper, self.results, scratch
-        )
+        program, rows = self.decoding.program, self.decoding.rows
+        scratch = np.zeros(1 << 18, self.results.dtype)
+        help_out(program.like, program.code, rows, self.words, helper, self.results, scratch)
 
     def play(self) -> list[bytes]:
         program = self.decoding.program
