@@ -13,10 +13,13 @@ import numpy as np
 from .backend.numpy import NumpyBackend
 from .compiled_step import compiled_ops
 from .compiled_team import Team
+from .data.batch import Batch, Layout, Run
 from .generate import Generator, PhiloxUniforms, Sampling, Uniforms, check_contexts
 from .model import GPT
+from .ops.cpu import CompiledOps
 from .ops.cpu.decode import write_tokens
 from .ops.cpu.packed import PackedWeights
+from .ops.cpu.play import play
 
 AHEAD = 32  # tokens of a text in one call: enough to hide what a call costs ...
 FIRST = 4  # ... and few at the beginning, so that reading can begin soon
@@ -32,9 +35,31 @@ class CompiledGenerator(Generator):
         self._tokens = backend.zeros((sequences,), "i4")
         with ops.recording() as self._program:
             self._logits = model.decode(self.memory, self._tokens, self.cache)
+        self._record_prefill(ops)
         self._weights = PackedWeights(self._program, sequences, backend.zeros)
         self._heap = np.zeros(model.dims.vocab_size, np.int32)
         self._team = Team(backend, self._program, model.dims, sequences)
+
+    def _record_prefill(self, ops: CompiledOps) -> None:
+        """For any number of rows, which are brought to where it reads them."""
+        rows = self.memory.capacity
+        tokens, targets, positions, owners = (np.zeros(rows, np.int32) for _ in range(4))
+        offsets = np.zeros(self.sequences + 1, np.int32)
+        layout = Layout(offsets, (Run(0, 1, self.block_size),))
+        batch = Batch(tokens, targets, positions, layout, -1)
+        with ops.recording() as self._reading:
+            self._read_logits = self.model.prefill(self.memory, batch, self.cache, owners)
+        self._rows = tokens, positions, owners, offsets
+
+    def _prefill(self, batch: Batch, owners: np.ndarray[Any, Any]) -> Any:
+        """As Generator._prefill."""
+        offsets = batch.layout.offsets
+        arrays = batch.tokens, batch.positions, owners, offsets
+        for there, array in zip(self._rows, arrays, strict=True):
+            there[: len(array)] = array
+        program = self._reading
+        play(program.like, program.code, len(batch.tokens), len(offsets) - 1)
+        return self._read_logits[: len(batch.tokens)]
 
     def run(
         self, contexts: Sequence[np.ndarray[Any, Any]], sampling: Sampling, uniforms: Uniforms
