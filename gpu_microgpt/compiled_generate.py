@@ -21,7 +21,7 @@ from .ops.cpu.decode import write_tokens
 from .ops.cpu.packed import PackedWeights
 from .ops.cpu.play import play
 
-AHEAD = 32  # tokens of a text in one call: enough to hide what a call costs ...
+AHEAD = 64  # tokens of a text in one call: enough to hide what a call costs ...
 FIRST = 4  # ... and few at the beginning, so that reading can begin soon
 
 
@@ -107,10 +107,10 @@ class CompiledGenerator(Generator):
         written = np.empty(draws.shape, np.int32)
         heat = (float(sampling.temperature), sampling.top_k, float(sampling.top_p))
         program, team = self._program, self._team
-        team.gather()
-        count = write_tokens(
-            program.like, program.code, self._logits, self._tokens, self.cache.lengths, written,
-            ended, draws, self._heap, *heat, never, stop, self.block_size, decoded, team.words,
-            team.results,
-        )  # fmt: skip
+        with team:
+            count = write_tokens(
+                program.like, program.code, self._logits, self._tokens, self.cache.lengths,
+                written, ended, draws, self._heap, *heat, never, stop, self.block_size, decoded,
+                team.words, team.results,
+            )  # fmt: skip
         return written[:count]

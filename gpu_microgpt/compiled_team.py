@@ -6,6 +6,7 @@ takes his time, or the text ends or is abandoned, they return within a milliseco
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 from .backend.beside import usable_cores
@@ -14,8 +15,9 @@ from .dims import Dims
 from .ops.cpu.instructions import Program
 from .ops.cpu.team import DONE, GONE, LATE, WIDTH, close_team, help_out, missing
 
-PART_BYTES = 1_000_000  # of weights a thread is to have at least: less gains nothing
-REST = 8  # calls without helpers after one in which they came too late: cores are wanted elsewhere
+PART = 200_000  # weights a thread is to have at least: with less than two parts, one is as fast
+OFTEN = 0.02  # seconds: if helpers come too late more often than once in these ...
+REST = 8  # ... then so many calls are made without them: others want the cores
 
 
 class Team:
@@ -25,31 +27,34 @@ class Team:
         """Take memory for the helpers of a program that decodes for so many sequences."""
         self._backend, self._program, self._sequences = backend, program, sequences
         threads = min(backend.threads, usable_cores())
-        helpers = members(dims, threads, backend.dtype.itemsize) - 1
+        helpers = members(dims, threads) - 1
         self.words = backend.zeros((1 + helpers, WIDTH), "i8")
         self.words[1:, DONE] = GONE
         largest = sequences * max(4 * dims.n_embd, dims.vocab_size)
         self.results = backend.zeros((helpers, largest), backend.dtype)
         room = backend.workspace_bytes(dims, sequences) // backend.dtype.itemsize
-        self._late, self._rest = 0, 0
+        self._start, self._late, self._rest = 0.0, 0, 0
         self._scratch = [backend.zeros((room,), backend.dtype) for _ in range(helpers)]
 
-    def gather(self) -> None:
-        """Send for the helpers that are not there, before a compiled call; none is waited for.
-
-        After a call in which one came too late they are let go for a while: where others compute on
-        these cores, a second thread of ours would take time from the first.
-        """
-        late, self._late = self._late, int(self.words[0, LATE])
-        if self._late > late:
-            self._rest = REST
-            self.close()
+    def __enter__(self) -> Team:
+        """Before a compiled call: send for the helpers that are not there, and wait for none."""
         if self._rest:
             self._rest -= 1
-            return
-        for helper in range(1, len(self.words)):
-            if missing(self._program.code, self.words, helper):
-                self._backend.start_beside(helper - 1, partial(self._help, helper))
+        else:
+            for helper in range(1, len(self.words)):
+                if missing(self._program.code, self.words, helper):
+                    self._backend.start_beside(helper - 1, partial(self._help, helper))
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Behind it. Where others compute on these cores, helpers are let go for a while, as a
+        second thread of ours would take time from the first."""
+        seconds = time.perf_counter() - self._start
+        late, self._late = self._late, int(self.words[0, LATE])
+        if (self._late - late) * OFTEN > seconds:
+            self._rest = REST
+            self.close()
 
     def close(self) -> None:
         """Let all helpers return."""
@@ -63,7 +68,7 @@ class Team:
         )
 
 
-def members(dims: Dims, threads: int, itemsize: int) -> int:
-    """How many threads gain by writing together: each has PART_BYTES of a token's weights."""
+def members(dims: Dims, threads: int) -> int:
+    """How many of the threads gain by writing together: PART of a token's weights for each."""
     weights = dims.vocab_size * dims.n_embd + 12 * dims.n_embd**2 * dims.n_layer
-    return max(1, min(threads, weights * itemsize // PART_BYTES))
+    return max(1, min(threads, weights // PART))

@@ -17,7 +17,7 @@ from gpu_microgpt.dims import Dims
 from gpu_microgpt.generate import Generator, PhiloxUniforms, Sampling
 from gpu_microgpt.model import GPT
 from gpu_microgpt.ops.cpu import bf16_unit
-from gpu_microgpt.ops.cpu.team import DONE, GONE
+from gpu_microgpt.ops.cpu.team import DONE, GONE, LATE
 from gpu_microgpt.params import Weights, table
 
 VOCAB = 7
@@ -116,7 +116,7 @@ def test_reading_can_begin_before_the_end():
 @pytest.fixture
 def teams(monkeypatch):
     """Small models and few cores have teams, too."""
-    monkeypatch.setattr(compiled_team, "PART_BYTES", 1)
+    monkeypatch.setattr(compiled_team, "PART", 1)
     monkeypatch.setattr(compiled_team, "usable_cores", lambda: 8)
 
 
@@ -184,20 +184,29 @@ def test_helpers_work_and_rest():
     team = CompiledGenerator(model, backend, 1)._team
     sent = []
     backend.start_beside = lambda number, task: sent.append(number)
-    team.gather()
-    assert sent == [0]
-    team.words[1, DONE] = GONE
-    team.words[0, compiled_team.LATE] += 1
-    for _ in range(compiled_team.REST):
-        team.gather()
-    assert sent == [0]
-    team.gather()
+
+    def call(late: int) -> None:
+        with team:
+            team.words[0, LATE] += late
+        team.words[1, DONE] = GONE
+
+    call(late=0)
+    call(late=1)
     assert sent == [0, 0]
+    for _ in range(compiled_team.REST):
+        call(late=0)
+    assert sent == [0, 0]
+    with team:
+        team.words[0, LATE] += 1
+        time.sleep(compiled_team.OFTEN)  # which is seldom enough
+    team.words[1, DONE] = GONE
+    call(late=0)
+    assert sent == [0] * 4
 
 
 def test_small_models_are_written_by_one_thread():
-    sizes = {(1, 4, 16): 1, (1, 4, 128): 1, (4, 4, 128): 3, (6, 6, 384): 16}
+    sizes = {(1, 4, 16): 1, (1, 4, 128): 1, (2, 4, 128): 2, (4, 4, 128): 3, (6, 6, 384): 16}
     for (layers, heads, channels), count in sizes.items():
         dims = Dims(layers, heads, channels, 256, 66)
-        assert compiled_team.members(dims, 16, 4) == count
-        assert compiled_team.members(dims, 1, 4) == 1
+        assert compiled_team.members(dims, 16) == count
+        assert compiled_team.members(dims, 1) == 1
