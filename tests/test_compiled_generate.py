@@ -210,3 +210,22 @@ def test_small_models_are_written_by_one_thread():
         dims = Dims(layers, heads, channels, 256, 66)
         assert compiled_team.members(dims, 16) == count
         assert compiled_team.members(dims, 1) == 1
+
+
+@pytest.mark.skipif(bf16_unit() == "", reason="this CPU has no products of bfloat16")
+@pytest.mark.parametrize("sequences", [1, 14])
+def test_a_text_is_written_with_the_weights_of_its_beginning(sequences):
+    """Also where they are kept rounded: a run in training writes samples between its steps."""
+    (backend, model), (_, other) = (make_model(32, "bf16", channels=36) for _ in range(2))
+    generator = CompiledGenerator(model, backend, sequences)
+
+    def tokens(generator: CompiledGenerator) -> list[list[int]]:
+        uniforms = PhiloxUniforms(3, range(sequences))
+        drawn = generator.run(contexts_of([2] * sequences), Sampling(40), uniforms)
+        return [token.tolist() for token in drawn]
+
+    before = tokens(generator)
+    for params in (model.params, other.params):
+        params.flat[...] *= -3
+    after = tokens(generator)
+    assert after == tokens(CompiledGenerator(other, backend, sequences)) != before

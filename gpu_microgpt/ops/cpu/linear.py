@@ -126,7 +126,8 @@ def relu_linear_backward(
 def _multiply(self: Instructions, mode: int, y: Array, x: Array, w: Array, r: Array) -> None:
     outputs, inputs = w.shape
     panel, _ = self.scratch(w.dtype, *self.linear_scratch(outputs, inputs, w.itemsize))
-    self.do(MULTIPLY, len(x), y, x, w, r, panel, mode, outputs, inputs, self.unit)
+    sizes = (outputs, inputs)
+    self.do(MULTIPLY, len(x), y, x, w, r, panel, mode, *sizes, self.unit, False)  # not packed
 
 
 def _gradients(

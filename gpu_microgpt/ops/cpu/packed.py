@@ -38,7 +38,7 @@ class PackedWeights:
                 address = packed.ctypes.data
                 table.append((row[WEIGHTS], address, outputs, inputs))
                 row[WEIGHTS] = address
-                row.append(True)
+                row[PACKED] = True
         self._table = np.array(table, np.int64).reshape(-1, 4)
 
     def pack(self) -> None:
