@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 
 class Beside:
@@ -45,11 +46,19 @@ def usable_cores() -> int:
 
 def _keep_off_this_core(thread: int) -> None:
     """Let a thread run on all cores that this one may run on, but for the one it runs on now."""
-    if _core_now is None or not hasattr(os, "sched_setaffinity"):
+    if _core_now is None:
         return
-    others = os.sched_getaffinity(0) - {_core_now()}
-    if others:
-        os.sched_setaffinity(thread, others)
+    with suppress(OSError):  # the system may refuse: then it chooses itself
+        others = os.sched_getaffinity(0) - {_core_now()}
+        if others:
+            os.sched_setaffinity(thread, others)
 
 
-_core_now: Callable[[], int] | None = getattr(ctypes.CDLL(None), "sched_getcpu", None)
+def _c_function(name: str) -> Callable[[], int] | None:
+    """Of the C library, where there is such a one, and threads may be bound to cores."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    return getattr(ctypes.CDLL(None), name, None)
+
+
+_core_now = _c_function("sched_getcpu")
