@@ -127,15 +127,17 @@ class Generator:
         batch = gather(flat, lengths.cumsum() - lengths, lengths)
         order = lengths.argsort(kind="stable")  # gather's own: shortest first
         owners = sequences[order].repeat(lengths[order]).astype(np.int32)
-        logits = self.model.prefill(self.memory, self._on_device(batch), self.cache, owners)
+        logits = self._prefill(batch, owners)
         ends = batch.layout.offsets[1:] - 1
         last[order] = logits[ends]
         self.cache.lengths[sequences] = lengths
 
-    def _on_device(self, batch: Batch) -> Batch:
+    def _prefill(self, batch: Batch, owners: np.ndarray[Any, Any]) -> Any:
+        """Cache the batch's rows for the sequences (N,) int32 they belong to; their logits."""
         move = self.backend.from_host
         tokens, positions = move(batch.tokens), move(batch.positions)
-        return Batch(tokens, batch.targets, positions, batch.layout, batch.num_targets)
+        there = Batch(tokens, batch.targets, positions, batch.layout, batch.num_targets)
+        return self.model.prefill(self.memory, there, self.cache, owners)
 
 
 def check_contexts(contexts: Sequence[np.ndarray[Any, Any]], sequences: int) -> None:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+
 import numpy as np
 import pytest
 
 pytest.importorskip("numba", reason="the compiled operations need Numba")
 
+from gpu_microgpt import compiled_team
 from gpu_microgpt.backend.numpy import NumpyBackend
 from gpu_microgpt.compiled_generate import CompiledGenerator
 from gpu_microgpt.dims import Dims
 from gpu_microgpt.generate import Generator, PhiloxUniforms, Sampling
 from gpu_microgpt.model import GPT
+from gpu_microgpt.ops.cpu import bf16_unit
+from gpu_microgpt.ops.cpu.team import DONE, GONE, LATE
 from gpu_microgpt.params import Weights, table
 
 VOCAB = 7
 dtypes = pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 
 
-def make_model(block_size: int, dtype: str = "fp32") -> tuple[NumpyBackend, GPT]:
+def make_model(
+    block_size: int, dtype: str = "fp32", threads: int = 1, channels: int = 12
+) -> tuple[NumpyBackend, GPT]:
     """On the compiled operations."""
-    dims = Dims(2, 3, 12, block_size, VOCAB)
-    backend = NumpyBackend(dtype, 1, "", "compiled")
+    dims = Dims(2, 3, channels, block_size, VOCAB)
+    backend = NumpyBackend(dtype, threads, "", "compiled")
     params = Weights(dims, backend)
     draw = np.random.default_rng(5)
     weights = {name: draw.normal(0, 0.1, shape) for name, shape in table(dims)}
@@ -103,3 +111,121 @@ def test_reading_can_begin_before_the_end():
     assert len(asked) == 4
     assert len(list(tokens)) == 499
     assert sorted(set(asked)) == list(range(500))
+
+
+@pytest.fixture
+def teams(monkeypatch):
+    """Small models and few cores have teams, too."""
+    monkeypatch.setattr(compiled_team, "PART", 1)
+    monkeypatch.setattr(compiled_team, "usable_cores", lambda: 8)
+
+
+def until_alone(generator: CompiledGenerator) -> None:
+    end = time.monotonic() + 60
+    while not (generator._team.words[1:, DONE] == GONE).all():
+        assert time.monotonic() < end
+        time.sleep(1e-3)
+
+
+@pytest.mark.usefixtures("teams")
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", *["bf16"] * (bf16_unit() != "")])
+@pytest.mark.parametrize("lengths", [[5], [3, 1, 40], [2] * 14])
+def test_the_same_tokens_by_any_number_of_threads(dtype, lengths):
+    """One after another, past full contexts; more threads than cores too."""
+    texts = []
+    for threads in (1, 2, 3, 8):
+        backend, model = make_model(32, dtype, threads, channels=36)
+        generator = CompiledGenerator(model, backend, len(lengths))
+        assert len(generator._team.words) == threads
+        for _ in range(2):
+            with backend:
+                uniforms = PhiloxUniforms(3, range(len(lengths)))
+                drawn = generator.run(contexts_of(lengths), Sampling(200, stop=4), uniforms)
+                texts.append([tokens.tolist() for tokens in drawn])
+        until_alone(generator)
+    assert all(text == texts[0] for text in texts)
+
+
+@pytest.mark.usefixtures("teams")
+def test_texts_abandoned_half_way():
+    """Closed, or only never read on, or broken off by their numbers: nobody is left waiting."""
+    backend, model = make_model(32, threads=3)
+    generator = CompiledGenerator(model, backend, 1)
+    numbers = PhiloxUniforms(3, [0])
+
+    def texts() -> list[list[int]]:
+        tokens = generator.run(contexts_of([5]), Sampling(90), numbers)
+        return [token.tolist() for token in tokens]
+
+    def broken(position: int) -> np.ndarray:
+        if position == 20:
+            raise KeyboardInterrupt
+        return numbers(position)
+
+    wanted = texts()
+    closed = generator.run(contexts_of([5]), Sampling(90), numbers)
+    assert [token.tolist() for token in itertools.islice(closed, 40)] == wanted[:40]
+    closed.close()
+    until_alone(generator)
+    with pytest.raises(KeyboardInterrupt):
+        list(generator.run(contexts_of([5]), Sampling(90), broken))
+    until_alone(generator)
+    left = generator.run(contexts_of([5]), Sampling(90), numbers)
+    assert [token.tolist() for token in itertools.islice(left, 40)] == wanted[:40]
+    until_alone(generator)
+    assert [token.tolist() for token in left] == wanted[40:]
+    assert texts() == wanted
+
+
+@pytest.mark.usefixtures("teams")
+def test_helpers_work_and_rest():
+    """They are sent for, but not for a while after one came too late."""
+    backend, model = make_model(32, threads=2)
+    team = CompiledGenerator(model, backend, 1)._team
+    sent = []
+    backend.start_beside = lambda number, task: sent.append(number)
+
+    def call(late: int) -> None:
+        with team:
+            team.words[0, LATE] += late
+        team.words[1, DONE] = GONE
+
+    call(late=0)
+    call(late=1)
+    assert sent == [0, 0]
+    for _ in range(compiled_team.REST):
+        call(late=0)
+    assert sent == [0, 0]
+    with team:
+        team.words[0, LATE] += 1
+        time.sleep(compiled_team.OFTEN)  # which is seldom enough
+    team.words[1, DONE] = GONE
+    call(late=0)
+    assert sent == [0] * 4
+
+
+def test_small_models_are_written_by_one_thread():
+    sizes = {(1, 4, 16): 1, (1, 4, 128): 1, (2, 4, 128): 2, (4, 4, 128): 3, (6, 6, 384): 16}
+    for (layers, heads, channels), count in sizes.items():
+        dims = Dims(layers, heads, channels, 256, 66)
+        assert compiled_team.members(dims, 16) == count
+        assert compiled_team.members(dims, 1) == 1
+
+
+@pytest.mark.skipif(bf16_unit() == "", reason="this CPU has no products of bfloat16")
+@pytest.mark.parametrize("sequences", [1, 14])
+def test_a_text_is_written_with_the_weights_of_its_beginning(sequences):
+    """Also where they are kept rounded: a run in training writes samples between its steps."""
+    (backend, model), (_, other) = (make_model(32, "bf16", channels=36) for _ in range(2))
+    generator = CompiledGenerator(model, backend, sequences)
+
+    def tokens(generator: CompiledGenerator) -> list[list[int]]:
+        uniforms = PhiloxUniforms(3, range(sequences))
+        drawn = generator.run(contexts_of([2] * sequences), Sampling(40), uniforms)
+        return [token.tolist() for token in drawn]
+
+    before = tokens(generator)
+    for params in (model.params, other.params):
+        params.flat[...] *= -3
+    after = tokens(generator)
+    assert after == tokens(CompiledGenerator(other, backend, sequences)) != before

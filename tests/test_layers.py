@@ -18,11 +18,12 @@ ORDER = [
     "version", "errors", "types", "arena", "settings", "config", "schedule", "rng", "dims", "data",
     "ops", "backend", "profile", "params", "activations", "kv_cache", "model", "optim", "step",
     "host_step", "compiled_step", "graph_step", "engine", "memory_plan", "atomic_folder",
-    "checkpoint", "snapshot", "run_folder", "generate", "compiled_generate", "graph_generate",
-    "text_model", "evaluate", "event_files", "metrics", "plot", "progress", "report", "readings",
-    "signals", "trainer", "bench_rows", "bench_setting", "bench_ours", "bench_runs", "bench_torch",
-    "bench_torch_cpu", "bench_jax", "bench_report", "bench_gpu_setting", "bench_gpu",
-    "bench_gpu_ops", "bench", "doctor_facts", "doctor_trials", "doctor", "arguments", "cli",
+    "checkpoint", "snapshot", "run_folder", "generate", "compiled_team", "compiled_generate",
+    "graph_generate", "text_model", "evaluate", "event_files", "metrics", "plot", "progress",
+    "report", "readings", "signals", "trainer", "bench_rows", "bench_setting", "bench_ours",
+    "bench_runs", "bench_torch", "bench_torch_cpu", "bench_jax", "bench_report",
+    "bench_gpu_setting", "bench_gpu", "bench_gpu_ops", "bench", "doctor_facts", "doctor_trials",
+    "doctor", "arguments", "cli",
     "__init__",
 ]  # fmt: skip
 NUMBA = {"numba", "llvmlite"}  # optional: only in ops/cpu

@@ -20,6 +20,7 @@ from ..errors import BackendError
 from ..ops import Ops
 from ..ops.reference import ReferenceOps, workspace_bytes
 from ..types import Array
+from .beside import Beside, usable_cores
 
 if TYPE_CHECKING:
     from ..ops.cpu import CompiledOps
@@ -53,7 +54,7 @@ class NumpyBackend:
                 f"dtype: got {dtype}; backend numpy runs fp32, fp64 or bf16 (auto = fp32)"
             )
         self.dtype = self.master = np.dtype(DTYPES[dtype])
-        self.threads = threads or _usable_cores()
+        self.threads = threads or usable_cores()
         self.compiled = _compiles(kernels)
         self._unit = _bf16_unit(kernels, self.compiled) if dtype == "bf16" else ""
         self._hint = "" if self.compiled or kernels == "reference" else f"; {INSTALL} compiles them"
@@ -62,6 +63,7 @@ class NumpyBackend:
         self._blas_threads = 1
         self._stack: list[ExitStack] = []
         self._pool: ThreadPoolExecutor | None = None
+        self._beside: list[Beside] = []
 
     def describe(self) -> str:
         """One line: NumPy, its BLAS and core type, precision, threads, and why."""
@@ -167,6 +169,12 @@ class NumpyBackend:
         for other in others:
             other.result()
 
+    def start_beside(self, number: int, task: Callable[[], None]) -> None:
+        """Begin the task on a thread of this number, from 0 on, on another core."""
+        while len(self._beside) <= number:
+            self._beside.append(Beside())
+        self._beside[number].start(task)
+
     def memory(self) -> int | None:
         """Bytes of physical memory, where the system tells."""
         try:
@@ -198,9 +206,14 @@ class NumpyBackend:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give back what `__enter__` took; the outermost stops the shard threads."""
+        """Give back what `__enter__` took; the outermost stops the threads."""
         self._stack.pop().close()
-        if self._pool is not None and not self._stack:
+        if self._stack:
+            return
+        for thread in self._beside:
+            thread.stop()
+        self._beside.clear()
+        if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
 
@@ -243,10 +256,3 @@ def _quietly(task: Callable[[], None]) -> None:
     """On another thread, where NumPy's warnings are to be held back anew."""
     with np.errstate(all="ignore"):
         task()
-
-
-def _usable_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -75,20 +75,23 @@ def keep_kv(
 
 @compiled
 def decode(
-    y: Any, qkv: Any, keys: Any, values: Any, lengths: Any, p: Any, size: Any, n_head: Any,
-    longest: Any, width: Any,
+    y: Any, qkv: Any, keys: Any, values: Any, lengths: Any, p: Any, first: Any, last: Any,
+    n_head: Any, longest: Any, width: Any,
 ) -> None:  # fmt: skip
-    """All sequences; lengths (S,) are ids, the others places, p (T,)."""
-    channels = n_head * width
-    for sequence in range(size):
-        count = int(lengths[sequence]) + 1
-        for head in range(n_head):
-            cache = (sequence * n_head + head) * longest * width
-            out = sequence * channels + head * width
-            q = at(qkv, sequence * 3 * channels + head * width)
-            product_of_few(STORE, 1, count, width, q, at(keys, cache), p, p)
-            total = _softmax(p, count, 1 / math.sqrt(width))
-            _weighted(p, at(values, cache), count, width, 1 / total, at(y, out))
+    """The heads from `first` to before `last`, of all sequences' heads one after another; lengths
+    (S,) are ids, the others places, p (T,).
+
+    A full sequence's lengths are read as if it had room for one position less: a helper (team.py)
+    that comes too late may meet them, and must stay inside the cache.
+    """
+    for pair in range(first, last):
+        sequence, head = divmod(pair, n_head)
+        count = min(int(lengths[sequence]) + 1, longest)
+        cache = pair * longest * width
+        q = at(qkv, (sequence * 3 * n_head + head) * width)
+        product_of_few(STORE, 1, count, width, q, at(keys, cache), p, p, count)
+        total = _softmax(p, count, 1 / math.sqrt(width))
+        _weighted(p, at(values, cache), count, width, 1 / total, at(y, pair * width))
 
 
 @compiled

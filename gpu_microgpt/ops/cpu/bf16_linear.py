@@ -6,9 +6,10 @@ three parts each (split.py), multiplied by AMX, and the product is float32's, or
 become words on their way into packed blocks; x, w, dy stay float32 where they lie, and so do all
 results.
 
-- y = x w^T, dx = dy w: all of w is packed once a call, then x or dy some rows at a time. Of three
-  parts SIDE rows, DEPTH numbers of each: that block stays in L1 while w passes by, and w, DEPTH of
-  its numbers, in L2 while ROWS rows do.
+- y = x w^T, dx = dy w: all of w is packed once a call, then x or dy some rows at a time; for y it
+  may also have been packed before (`multiply_packed`). Of three parts SIDE rows, DEPTH numbers of
+  each: that block stays in L1 while w passes by, and w, DEPTH of its numbers, in L2 while ROWS rows
+  do.
 - dw = dy^T x: sums over CHUNK rows; x is packed for them, dy in strips of OUTPUTS columns. Of three
   parts DEPTH rows and SIDE columns.
 """
@@ -50,6 +51,21 @@ def _block(unit, K):
 
 
 @compiled
+def _few(unit, N):
+    """Whether so many rows are too few for packing w in strips."""
+    return N <= FEW and unit != SPLIT
+
+
+@compiled
+def pack_weights(unit, N, w, F, C, p, stage):
+    """w (F, C) for y = x w^T of N rows; output f begins at f words(C) if it is one in 32."""
+    if _few(unit, N):
+        pack_rows(at(w, 0), C, F, C, 1, p)
+    else:
+        pack_strips_transposed(at(w, 0), C, C, F, parts_of(unit), p, stage)
+
+
+@compiled
 def _mode(mode, more, after):
     """Of a product that others in the same sum go before (`more`), or come after."""
     if mode == ADD:
@@ -58,8 +74,8 @@ def _mode(mode, more, after):
 
 
 @compiled
-def _times_packed(unit, mode, N, K, n, y, x, packed, r, block, stage):
-    """y (N, n) = x (N, K) times what is packed."""
+def _times_packed(unit, mode, N, K, n, y, x, packed, r, block, stage, ld):
+    """y (N, n) = x (N, K) times what is packed; rows of y and r begin `ld` numbers apart."""
     parts = parts_of(unit)
     width = parts * words(K)
     step, depth = _block(unit, K)
@@ -69,26 +85,30 @@ def _times_packed(unit, mode, N, K, n, y, x, packed, r, block, stage):
         for k in range(0, K, depth):
             deep, some = min(depth, K - k), at(packed, k // SIDE * parts * TILES)
             for i in range(group, end, step):
-                rows, c, old = min(step, end - i), at(y, i * n), at(r, i * n)
+                rows, c, old = min(step, end - i), at(y, i * ld), at(r, i * ld)
                 pack_rows(at(x, i * K + k), K, rows, deep, parts, block)
                 now = _mode(mode, k > 0, k + depth < K)
                 block_product(unit, now, rows, n, deep, block, parts * words(deep), some, width, c,
-                              n, c if k > 0 and mode == ADD else old, n, stage)  # fmt: skip
+                              ld, c if k > 0 and mode == ADD else old, ld, stage)  # fmt: skip
     units_close(unit, stage)
 
 
 @compiled
-def multiply(unit, mode, N, F, C, y, x, w, r, panel):
-    """y = x w^T, by `mode` with r (N, F)."""
-    if N <= FEW and unit != SPLIT:
-        few_product(mode, N, F, C, at(x, 0), at(w, 0), at(y, 0), at(r, 0), at(panel, 0))
-        return
-    parts = parts_of(unit)
-    block = at(panel, STAGE)
+def multiply(unit, mode, N, F, C, y, x, w, r, panel, ld):
+    """y = x w^T, by `mode` with r (N, F), whose rows and those of y begin `ld` numbers apart."""
     step, depth = _block(unit, C)
-    packed = at(block, step * parts * words(depth))
-    pack_strips_transposed(at(w, 0), C, C, F, parts, packed, panel)
-    _times_packed(unit, mode, N, C, F, y, x, packed, r, block, at(panel, 0))
+    packed = at(panel, STAGE + step * parts_of(unit) * words(depth))
+    pack_weights(unit, N, w, F, C, packed, at(panel, 0))
+    multiply_packed(unit, mode, N, F, C, y, x, packed, r, panel, ld)
+
+
+@compiled
+def multiply_packed(unit, mode, N, F, C, y, x, packed, r, panel, ld):
+    """The same with w as `pack_weights` has left it."""
+    if _few(unit, N):
+        few_product(mode, N, F, C, at(x, 0), at(packed, 0), at(y, 0), at(r, 0), ld, at(panel, 0))
+    else:
+        _times_packed(unit, mode, N, C, F, y, x, packed, r, at(panel, STAGE), at(panel, 0), ld)
 
 
 @compiled
@@ -99,7 +119,7 @@ def input_gradient(unit, mode, N, F, C, dx, dy, w, r, panel):
     step, depth = _block(unit, F)
     packed = at(block, step * parts * words(depth))
     pack_strips(at(w, 0), C, F, C, parts, packed)
-    _times_packed(unit, mode, N, F, C, dx, dy, packed, r, block, at(panel, 0))
+    _times_packed(unit, mode, N, F, C, dx, dy, packed, r, block, at(panel, 0), C)
 
 
 @compiled

@@ -8,7 +8,7 @@ AMX's, or tiles of 12 x 32 in vectors, with tile.py's loop, in which a word of a
 words of b. A strip of b stays in the L1 cache while the rows of a pass by. Nothing outside c is
 written; stage: STAGE numbers of scratch.
 
-For few rows: `few_product`, which reads b^T where it lies, rounding it on the way.
+For few rows: `few_product`, whose b^T is packed in rows.
 """
 
 from __future__ import annotations
@@ -63,14 +63,13 @@ def units_close(unit, stage):
 
 
 @compiled
-def few_product(mode, m, n, k, a, bt, c, r, panel):
-    """c (m, n) from a (m, k) and bt (n, k), rows end to end; panel: m + 16 rows of words."""
+def few_product(mode, m, n, k, a, packed, c, r, ldc, panel):
+    """c (m, n) from a (m, k), rows end to end, and bt (n, k), which `packed` holds as `pack_rows`
+    leaves it; rows of c and r lie `ldc` numbers apart. panel: m rows of words."""
     width = words(k)
-    group = at(panel, m * width)
     pack_rows(a, k, m, k, 1, panel)
     for j in range(0, n, lanes(c)):
         count = min(lanes(c), n - j)
-        pack_rows(at(bt, j * k), k, count, k, 1, group)
         for i in range(m):
-            s = dots_of(at(panel, i * width), group, width, count, width)
-            store_some(c, i * n + j, finished(mode, s, r, i * n + j, count), count)
+            s = dots_of(at(panel, i * width), at(packed, j * width), width, count, width)
+            store_some(c, i * ldc + j, finished(mode, s, r, i * ldc + j, count), count)

@@ -1,11 +1,12 @@
 """The matrix product for few rows (generation): c[i, j] = sum over l < k of a[i, l] bt[j, l].
 
-    product_of_few(mode, m, n, k, a, bt, c, r)
+    product_of_few(mode, m, n, k, a, bt, c, r, ldc)
 
-a (m, k), bt (n, k), c and r (m, n) have contiguous rows, end to end; the modes are tile.py's. bt is
-read in place: packing it for so few rows of a would cost more than the product. As many rows of bt
-as a vector has lanes make a group, which stays in L1 while the rows of a pass by. A sum runs along
-a vector, over l; the vectors of a group are added up together, each into its own lane.
+a (m, k) and bt (n, k) have contiguous rows, end to end; those of c and r (m, n) begin `ldc` numbers
+apart, as they may be some columns of a larger product. The modes are tile.py's. bt is read in
+place: packing it for so few rows of a would cost more than the product. As many rows of bt as a
+vector has lanes make a group, which stays in L1 while the rows of a pass by. A sum runs along a
+vector, over l; the vectors of a group are added up together, each into its own lane.
 """
 
 from __future__ import annotations
@@ -113,9 +114,9 @@ def finished(mode, s, r, i, n):
 
 
 @compiled
-def product_of_few(mode, m, n, k, a, bt, c, r):
+def product_of_few(mode, m, n, k, a, bt, c, r, ldc):
     """c (m, n) from a (m, k) and bt (n, k): see above."""
     for j in range(0, n, lanes(c)):
         for i in range(m):
             s = _dots_of(at(a, i * k), at(bt, j * k), k, n - j, k)
-            store_some(c, i * n + j, finished(mode, s, r, i * n + j, n - j), n - j)
+            store_some(c, i * ldc + j, finished(mode, s, r, i * ldc + j, n - j), n - j)

@@ -41,12 +41,15 @@ COLUMNS = 96  # of dy packed at a time, a multiple of the tile's rows
 
 
 @compiled
-def multiply(mode, N, F, C, y, x, w, r, panel):
-    """y = x w^T, by `mode` with r (N, F). panel: C rows of a strip."""
+def multiply(mode, N, F, C, y, x, w, r, panel, ld):
+    """y = x w^T, by `mode` with r (N, F). panel: C rows of a strip.
+
+    Rows of y and r begin `ld` numbers apart: F, or more where these are some of more outputs.
+    """
     if min(FEW, FEWEST + C // PER_ROW) >= N:
-        product_of_few(mode, N, F, C, at(x, 0), at(w, 0), at(y, 0), at(r, 0))
+        product_of_few(mode, N, F, C, at(x, 0), at(w, 0), at(y, 0), at(r, 0), ld)
     else:
-        product_packing(mode, N, F, C, at(x, 0), C, 1, at(w, 0), 1, C, at(y, 0), F, at(r, 0), F,
+        product_packing(mode, N, F, C, at(x, 0), C, 1, at(w, 0), 1, C, at(y, 0), ld, at(r, 0), ld,
                         at(panel, 0))  # fmt: skip
 
 
@@ -124,7 +127,8 @@ def relu_linear_backward(
 def _multiply(self: Instructions, mode: int, y: Array, x: Array, w: Array, r: Array) -> None:
     outputs, inputs = w.shape
     panel, _ = self.scratch(w.dtype, *self.linear_scratch(outputs, inputs, w.itemsize))
-    self.do(MULTIPLY, len(x), y, x, w, r, panel, mode, outputs, inputs, self.unit)
+    sizes = (outputs, inputs)
+    self.do(MULTIPLY, len(x), y, x, w, r, panel, mode, *sizes, self.unit, False)  # not packed
 
 
 def _gradients(

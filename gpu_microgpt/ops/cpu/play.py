@@ -11,7 +11,7 @@ from . import attention_bf16, attention_bf16_backward, bf16_linear, split_linear
 from .adamw import adamw_flat, clip, norm_of
 from .amx import bf16_unit
 from .attention import attend, attend_backward
-from .attention_decode import decode, keep_kv
+from .attention_decode import keep_kv
 from .compile import OPTIONS, compiled
 from .cross_entropy import cross_entropy_backward_rows, cross_entropy_rows
 from .embedding import embedding_backward_tables, embedding_rows
@@ -21,7 +21,6 @@ from .instructions import (
     ADD_RMSNORM,
     ATTENTION,
     ATTENTION_BACKWARD,
-    ATTENTION_DECODE,
     CACHE_KV,
     CLIP_SCALE,
     CROSS_ENTROPY,
@@ -42,7 +41,8 @@ from .instructions import (
     SOFTMAX_BACKWARD,
     SPLIT,
 )
-from .linear import gradients, multiply
+from .linear import gradients
+from .parts import can_be_shared, play_part, scratch_of
 from .relu import pass_positive, rectify
 from .rmsnorm import (
     add_rmsnorm_rows,
@@ -63,14 +63,20 @@ def play(like: Any, code: Any, rows: Any, sequences: Any) -> None:
     like: any array of the dtype of the places; sequences: that the rows make up.
     """
     for i in range(len(code)):
-        a = code[i]
-        operation = a[0]
-        if operation < MULTIPLY:
-            _by_rows(like, a, rows)
-        elif operation < SOFTMAX:
-            _products(like, a, rows, sequences)
-        else:
-            _losses_and_update(like, a, rows)
+        perform(like, code[i], rows, sequences)
+
+
+@compiled
+def perform(like: Any, a: Any, rows: Any, sequences: Any) -> None:
+    """Do one instruction."""
+    if a[0] < MULTIPLY:
+        _by_rows(like, a, rows)
+    elif can_be_shared(a):
+        play_part(like, a, rows, 0, 1, place(like, a[1]), scratch_of(like, a))
+    elif a[0] < SOFTMAX:
+        _products(like, a, rows, sequences)
+    else:
+        _losses_and_update(like, a, rows)
 
 
 @compiled
@@ -99,13 +105,11 @@ def _by_rows(like: Any, a: Any, rows: Any) -> None:
 
 @compiled
 def _products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
-    """Matrix products, the relu between them, attention."""
+    """Gradients of matrix products, the relu between them, attention."""
     p, q, r = place(like, a[1]), place(like, a[2]), place(like, a[3])
     s, t, u = place(like, a[4]), place(like, a[5]), place(like, a[6])
     if _unit(a) != FULL:
         _unit_products(like, a, rows, sequences)
-    elif a[0] == MULTIPLY:
-        multiply(a[6], rows, a[7], a[8], p, q, r, s, t)
     elif a[0] == GRADIENTS:
         panel, block = u, place(like, a[7])
         gradients(a[8], rows, a[9], a[10], p, q, r, s, t, a[11], panel, block)
@@ -121,15 +125,11 @@ def _products(like: Any, a: Any, rows: Any, sequences: Any) -> None:
     elif a[0] == CACHE_KV:
         owners, positions = ints(a[4]), ints(a[5])
         keep_kv(p, q, r, owners, positions, rows, a[6], a[7], a[8])
-    elif a[0] == ATTENTION_DECODE:
-        decode(p, q, r, s, ints(a[5]), u, rows, a[7], a[8], a[9])
 
 
 @compiled
 def _unit(a: Any) -> Any:
     """What multiplies: FULL, or another."""
-    if a[0] == MULTIPLY:
-        return a[9]
     if a[0] == GRADIENTS:
         return a[12]
     if a[0] == ATTENTION:
@@ -153,11 +153,7 @@ def _on_unit(like: Any, a: Any, rows: Any, sequences: Any) -> None:
     """As `_products`, on the instruction's unit."""
     p, q, r = place(like, a[1]), place(like, a[2]), place(like, a[3])
     s, t, u = place(like, a[4]), place(like, a[5]), place(like, a[6])
-    if a[0] == MULTIPLY and a[9] == SPLIT:
-        split_linear.multiply(a[6], rows, a[7], a[8], p, q, r, s, t)
-    elif a[0] == MULTIPLY:
-        bf16_linear.multiply(a[9], a[6], rows, a[7], a[8], p, q, r, s, t)
-    elif a[0] == GRADIENTS and a[12] == SPLIT:
+    if a[0] == GRADIENTS and a[12] == SPLIT:
         panel, block = u, place(like, a[7])
         split_linear.gradients(a[8], rows, a[9], a[10], p, q, r, s, t, a[11], panel, block)
     elif a[0] == GRADIENTS:

@@ -28,12 +28,13 @@ def pays(m, n, k):
 
 
 @compiled
-def multiply(mode, N, F, C, y, x, w, r, panel):
-    """y = x w^T, by `mode` with r (N, F)."""
-    if pays(N, F, C):
-        parted.multiply(SPLIT, mode, N, F, C, y, x, w, r, panel)
+def multiply(mode, N, F, C, y, x, w, r, panel, ld):
+    """y = x w^T, by `mode` with r (N, F), whose rows and those of y begin `ld` numbers apart: of so
+    many outputs in all these are some, and the choice does not depend on how many."""
+    if pays(N, ld, C):
+        parted.multiply(SPLIT, mode, N, F, C, y, x, w, r, panel, ld)
     else:
-        plain_multiply(mode, N, F, C, y, x, w, r, panel)
+        plain_multiply(mode, N, F, C, y, x, w, r, panel, ld)
 
 
 @compiled

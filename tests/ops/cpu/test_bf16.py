@@ -155,7 +155,7 @@ def test_products(unit, mode, rows, inputs, outputs):
     x, w, dy, r, r_back, _ = case(rows, inputs, outputs)
     panel, _ = scratch(outputs, inputs)
     y, dx = blank(rows, outputs), blank(rows, inputs)
-    functions(unit).multiply(mode, rows, outputs, inputs, y, x, w, r, panel)
+    functions(unit).multiply(mode, rows, outputs, inputs, y, x, w, r, panel, outputs)
     assert_only_sums_differ(y, mode, x, w.T, r)
     functions(unit).input_gradient(mode, rows, outputs, inputs, dx, dy, w, r_back, panel)
     assert_only_sums_differ(dx, mode, dy, w, r_back)
@@ -177,7 +177,7 @@ def test_weight_gradient(unit, add, rows, inputs, outputs):
 def test_a_sum_may_be_added_to_where_it_lies(unit):
     x, w, _, r, _, _ = case(50, 40, 70)
     y = up_to_the_edge(r)
-    functions(unit).multiply(ADD, 50, 70, 40, y, x, w, y, scratch(70, 40)[0])
+    functions(unit).multiply(ADD, 50, 70, 40, y, x, w, y, scratch(70, 40)[0], 70)
     assert_only_sums_differ(y, ADD, x, w.T, r)
 
 
@@ -192,7 +192,7 @@ def test_nan_and_inf_reach_their_row_and_no_other(unit, bad, rows):
     panel, block = scratch(70, 40)
     for mode in (STORE, ADD, RELU):
         y, dx, dw = blank(rows, 70), blank(rows, 40), blank(70, 40)
-        functions(unit).multiply(mode, rows, 70, 40, y, x, w, r, panel)
+        functions(unit).multiply(mode, rows, 70, 40, y, x, w, r, panel, 70)
         functions(unit).input_gradient(mode, rows, 70, 40, dx, dy, w, r_back, panel)
         for out in (y, dx):
             assert (np.isnan(out[3]) if np.isnan(bad) else out[3] == bad).all()
@@ -210,7 +210,7 @@ def test_the_same_bits_twice(unit):
     found = set()
     for _ in range(2):
         y, dx, dw = blank(300, 90), blank(300, 70), blank(90, 70)
-        functions(unit).multiply(ADD, 300, 90, 70, y, x, w, r, scratch(90, 70)[0])
+        functions(unit).multiply(ADD, 300, 90, 70, y, x, w, r, scratch(90, 70)[0], 90)
         functions(unit).gradients(KEEP, 300, 90, 70, dx, dw, dy, x, w, False, *scratch(90, 70))
         found.add(y.tobytes() + dx.tobytes() + dw.tobytes())
     assert len(found) == 1
@@ -221,7 +221,7 @@ def test_a_row_does_not_depend_on_the_others(unit):
     """So that a batch in pieces gives what it gives as a whole."""
     x, w, _, r, _, _ = case(200, 70, 90)
     whole, part = blank(200, 90), blank(50, 90)
-    functions(unit).multiply(STORE, 200, 90, 70, whole, x, w, r, scratch(90, 70)[0])
+    functions(unit).multiply(STORE, 200, 90, 70, whole, x, w, r, scratch(90, 70)[0], 90)
     some = np.ascontiguousarray(x[37:87])
-    functions(unit).multiply(STORE, 50, 90, 70, part, some, w, r, scratch(90, 70)[0])
+    functions(unit).multiply(STORE, 50, 90, 70, part, some, w, r, scratch(90, 70)[0], 90)
     assert part.tobytes() == whole[37:87].tobytes()

@@ -60,11 +60,11 @@ def both(mode, arrays, add=False):
         panel, block = scratch(outputs, inputs)
         sizes = (rows, outputs, inputs)
         if split:
-            bf16_linear.multiply(SPLIT, mode, *sizes, y, x, w, r, panel)
+            bf16_linear.multiply(SPLIT, mode, *sizes, y, x, w, r, panel, outputs)
             bf16_linear.input_gradient(SPLIT, mode, *sizes, dx, dy, w, r_back, panel)
             bf16_linear.weight_gradient(SPLIT, *sizes, dw, dy, x, add, panel, block)
         else:
-            multiply(mode, *sizes, y, x, w, r, panel)
+            multiply(mode, *sizes, y, x, w, r, panel, outputs)
             input_gradient(mode, *sizes, dx, dy, w, r_back, panel)
             weight_gradient(*sizes, dw, dy, x, add, panel, block)
         found.append((y, dx, dw))
@@ -222,7 +222,7 @@ def test_the_same_bits_twice_and_whatever_the_rows_beside():
 def test_a_sum_may_be_added_to_where_it_lies():
     x, w, _, r, _, _ = case(50, 3 * DEPTH, 70)
     y = up_to_the_edge(r)
-    bf16_linear.multiply(SPLIT, ADD, 50, 70, 3 * DEPTH, y, x, w, y, scratch(70, 3 * DEPTH)[0])
+    bf16_linear.multiply(SPLIT, ADD, 50, 70, 3 * DEPTH, y, x, w, y, scratch(70, 3 * DEPTH)[0], 70)
     wide = r + x.astype(float) @ w.astype(float).T
     assert np.abs(y - wide).max() < 2**-20 * np.abs(wide).max()
 

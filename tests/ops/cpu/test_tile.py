@@ -49,7 +49,7 @@ def as_packing(mode, m, n, k, a, as0, as1, b, bs0, bs1, c, r, panel):
 
 @compiled
 def as_few(mode, m, n, k, a, bt, c, r):
-    product_of_few(mode, m, n, k, at(a, 0), at(bt, 0), at(c, 0), at(r, 0))
+    product_of_few(mode, m, n, k, at(a, 0), at(bt, 0), at(c, 0), at(r, 0), n)
 
 
 def multiplied(form, mode, a, b, r, transposed=False):
