@@ -12,6 +12,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,7 @@ if sys.platform != "linux":
     pytest.skip("the suite is for Linux", allow_module_level=True)
 
 from gpu_microgpt.backend.usable import NoGpuError
-from gpu_microgpt.errors import DeviceError
+from gpu_microgpt.errors import BackendError, DeviceError
 from tests.cuda_on_cpu.compiler import require_compiler
 from tests.gpu_suite import __main__ as suite
 from tests.gpu_suite import environment, measured, parts, proofs, work
@@ -312,6 +313,31 @@ def test_on_a_gpu_only_its_own_tests_run(results):
     items = [Item(name) for name in (*others, *wanted)]
     proofs.Progress(results, proofs.PLACE).pytest_collection_modifyitems(items)
     assert [item.name for item in items] == wanted
+
+
+def test_spilled_registers_are_told(results, monkeypatch):
+    require_compiler()
+    log = (
+        "Compiling entry function 'relu' for 'sm_90'\n"
+        "8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads\nUsed 255 registers"
+    )
+    cache = SimpleNamespace(compiled=lambda program: SimpleNamespace(log=log))
+    monkeypatch.setattr(proofs, "KernelCache", lambda: cache)
+    monkeypatch.setattr(proofs, "compiler_release", lambda: "13.0.88")
+    proofs.kernels(results, dry_run=True)
+    said = "relu.cu REAL_BF16=0 for sm_90: relu keeps 16 bytes a thread in local memory"
+    assert results.items["skipped"][0] == said
+    assert (results.items["compiled"], results.items["nvrtc"]) == (2, "13.0.88")
+
+
+def test_without_a_compiler_a_dry_run_goes_on(results, monkeypatch):
+    def missing() -> str:
+        raise BackendError("CuPy cannot be imported")
+
+    require_compiler()
+    monkeypatch.setattr(proofs, "compiler_release", missing)
+    proofs.kernels(results, dry_run=True)
+    assert results.items["skipped"] == ["CuPy cannot be imported"]
 
 
 def test_without_a_checker_there_is_a_line(results, monkeypatch):

@@ -40,7 +40,8 @@ class Part:
 # the most important first
 PARTS = [
     Part("environment", 20),
-    Part("tests", 100),
+    Part("kernels", 15),
+    Part("tests", 85),
     Part("sanitizer", 35),
     Part("ceilings", 15),
     Part("steps:names", 35),
