@@ -114,6 +114,9 @@ __device__ __forceinline__ real to_real(float x) { return x; }
 #endif
 __device__ __forceinline__ float to_float(float x) { return x; }
 
+// 1 / sqrt(x), both rounded to nearest: rsqrtf may be off by two units in the last place.
+__device__ __forceinline__ float inverse_root(float x) { return 1.0f / sqrtf(x); }
+
 #define PACK static_cast<int>(16 / sizeof(real))  // numbers in the widest access: 4 or 8
 
 // Numbers from, and to, 16-byte aligned memory.
