@@ -150,7 +150,8 @@ extern "C" __global__ void __launch_bounds__(128, 4)
     load_row(pieces, qkv + (3 * static_cast<size_t>(sequence) * heads + pair % heads) * HEAD_DIM,
              share, true);
 #pragma unroll
-    for (int i = 0; i < HELD; i++) q[i] = number(pieces, i) * rsqrtf(static_cast<float>(HEAD_DIM));
+    for (int i = 0; i < HELD; i++)
+        q[i] = number(pieces, i) * inverse_root(static_cast<float>(HEAD_DIM));
     for (int row = split * steps * step; row < end; row += step)
         attend(soft, q, keys + cache, values + cache, row + thread / SHARE, apart, end, share);
     merge_warp(soft);

@@ -98,7 +98,7 @@ __device__ __forceinline__ void add_scaled(float4 (&sum)[HELD], float by, const 
 }
 // e^x of a difference x of scores: the product's rounding counts only where e^x is next to nothing.
 __device__ __forceinline__ float power(float x) { return exp2f(1.44269504f * x); }
-__device__ __forceinline__ float score_scale() { return rsqrtf(static_cast<float>(HEAD_DIM)); }
+__device__ __forceinline__ float score_scale() { return inverse_root(static_cast<float>(HEAD_DIM)); }
 
 // --------------------------------------------------------------------------------- who does what
 struct Place {

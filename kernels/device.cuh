@@ -114,6 +114,13 @@ __device__ __forceinline__ real to_real(float x) { return x; }
 #endif
 __device__ __forceinline__ float to_float(float x) { return x; }
 
+// 1 / sqrt(x): rsqrtf, which may be off by two units in the last place, and a step of Newton's. Not
+// 1.0f / sqrtf(x), whose calls for rare numbers keep registers in memory.
+__device__ __forceinline__ float inverse_root(float x) {
+    const float r = rsqrtf(x), error = fmaf(-(x * r), r, 1.0f);
+    return error == error ? fmaf(0.5f * r, error, r) : r;  // of infinity: 0
+}
+
 #define PACK static_cast<int>(16 / sizeof(real))  // numbers in the widest access: 4 or 8
 
 // Numbers from, and to, 16-byte aligned memory.

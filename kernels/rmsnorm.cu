@@ -89,7 +89,7 @@ __device__ __forceinline__ size_t offset(int row, int channels) {
 
 // The norm of row n, which is x.
 __device__ __forceinline__ void norm(real* y, float* rstd, const Part& x, int n, int channels) {
-    const float r = rsqrtf(mean(x, x, channels) + EPS);
+    const float r = inverse_root(mean(x, x, channels) + EPS);
     if (place(0) == 0) rstd[n] = r;
     const Part out = map(x, x, [r](float a, float) { return a * r; });
     write(y + offset(n, channels), out, channels);

@@ -45,6 +45,8 @@ def test_dry_run(tmp_path):
     assert {part["status"] for part in found["parts"]} == {"ok"}
     by_name = {part["name"]: part["results"] for part in found["parts"]}
     assert by_name["environment"]["gpu"]["name"] == "H200"
+    kernels = by_name["kernels"]
+    assert kernels.get("compiled") == 2 or "CuPy" in kernels["skipped"][0]
     assert by_name["tests"]["counts"] == {"passed": 1, "failed": 0, "skipped": 0}
     assert [by_name["sanitizer"][tool]["done"] for tool in proofs.TOOLS] == [["relu"], ["relu"]]
     assert by_name["ceilings"]["copy_gb_s"] > 0

@@ -40,7 +40,8 @@ class Part:
 # the most important first
 PARTS = [
     Part("environment", 20),
-    Part("tests", 100),
+    Part("kernels", 15),
+    Part("tests", 85),
     Part("sanitizer", 35),
     Part("ceilings", 15),
     Part("steps:names", 35),
@@ -148,11 +149,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill its group, and its session where that is its own; wait for it, but not for ever."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    for pid in _session(process.pid):
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + ENDING
     with suppress(subprocess.TimeoutExpired):
         process.wait(ENDING)
+    while (others := _session(process.pid)) and time.monotonic() < end:
+        for pid in others:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 def _session(leader: int) -> list[int]:

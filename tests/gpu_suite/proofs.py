@@ -8,12 +8,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gpu_microgpt.errors import BackendError
+from gpu_microgpt.ops.cuda.cache import KernelCache
+from gpu_microgpt.ops.cuda.catalog import CATALOG
+from gpu_microgpt.ops.cuda.compiler import Program, compiler_release, kernels_folder, resources
 from tests.gpu_suite.parts import ROOT, waited_for
+from tests.gpu_suite.places import backend
 from tests.gpu_suite.results import Results
 
 ON_GPU = ("tests/cuda", "tests/cuda_on_cpu", "tests/backend")
@@ -77,6 +83,38 @@ def tests(results: Results, dry_run: bool) -> None:
     progress.write()
     if code and not results.failed:
         results.fail(f"pytest: {pytest.ExitCode(code).name.lower().replace('_', ' ')}")
+
+
+def kernels(results: Results, dry_run: bool) -> None:
+    """Compile every kernel for this GPU, several at once: other parts find them in the cache. Says
+    what this compiler keeps in local memory, which costs time: others keep nothing there."""
+    with backend(dry_run) as cuda:
+        device = cuda.gpu.device
+    programs = [
+        Program.read(
+            kernels_folder() / f"{variant.stem}.cu", device.arch,
+            [f"REAL_BF16={int(dtype == 'bfloat16')}",
+             *(f"{name}={number}" for name, number in variant.constants.items())],
+        )
+        for variant in CATALOG
+        for dtype in variant.dtypes
+        if (device.tensor_cores or not variant.tensor_cores)
+        and (not dry_run or variant.stem in DRY_STEMS)
+    ]  # fmt: skip
+    try:
+        results.put("nvrtc", compiler_release())
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            logs = [compiled.log for compiled in pool.map(KernelCache().compiled, programs)]
+    except BackendError as failure:
+        if not dry_run:  # which needs no compiler
+            raise
+        results.skip(str(failure))
+        return
+    results.put("compiled", len(logs))
+    for program, log in zip(programs, logs, strict=True):
+        for kernel, used in resources(log).items():
+            if local := used.stack + used.spill_stores + used.spill_loads:
+                results.skip(f"{program}: {kernel} keeps {local} bytes a thread in local memory")
 
 
 def sanitizer(results: Results, dry_run: bool) -> None:

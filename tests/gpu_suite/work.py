@@ -28,6 +28,7 @@ def work(name: str, results: Results, dry_run: bool) -> None:
         real_run.real_run(results, case, dry_run)
     else:
         {
+            "kernels": proofs.kernels,
             "tests": proofs.tests,
             "sanitizer": proofs.sanitizer,
             "ceilings": measured.ceilings,
