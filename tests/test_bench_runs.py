@@ -66,4 +66,7 @@ def test_time_to_a_loss(tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="this system does not say")
 def test_memory(tmp_path):
     found = bench_runs.measure_memory(setting(tmp_path, "memory"))["megabytes"]
-    assert 30 < found < 1500
+    import resource
+
+    mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # what it begins with
+    assert 30 < found < max(1500, mine + 500)
