@@ -80,7 +80,7 @@ class _FirstCompilation(Listener):  # type: ignore[misc]
         if not _FirstCompilation.said:
             _FirstCompilation.said = True
             once = ", once on this machine" if _usable_folder() else ""
-            print(f"compiling the CPU's kernels{once}: some 20 s", file=sys.stderr)
+            print(f"compiling the CPU's kernels{once}: some 40 s", file=sys.stderr)
 
     def on_end(self, event: Any) -> None:
         """Nothing more is said."""

@@ -56,7 +56,7 @@ def test_an_unwritable_folder_is_said_and_done_without(tmp_path):
     warning, progress = result.stderr.splitlines()
     assert warning.startswith("warning: cannot write ")
     assert "compiled anew at every start" in warning
-    assert progress == "compiling the CPU's kernels: some 20 s"
+    assert progress == "compiling the CPU's kernels: some 40 s"
 
 
 def test_other_users_of_numba_keep_their_folder(monkeypatch, tmp_path):
