@@ -72,7 +72,7 @@ NAMES = Trial(
         50: 1.966308463,
         100: 1.959082627,
     },
-    shares={"compiled": 0.12, "reference": 0.025},
+    shares={"compiled": 0.3, "reference": 0.025},
     all_cores=False,
 )
 SHAKESPEARE = Trial(
