@@ -18,15 +18,17 @@ import numpy as np
 
 from .activations import Activations
 from .backend import Backend
+from .backend.numpy import NumpyBackend
 from .config import Config
 from .data.batch import Batch, Layout, Run
 from .data.dataset import Split
 from .host_step import HostEngine
 from .model import GPT
 from .ops.cpu import CompiledOps
+from .ops.cpu.atomics import ABANDONED, WIDTH
 from .ops.cpu.instructions import NAMES, Program
 from .ops.cpu.play import play
-from .ops.cpu.step import score_shard, train_shard, train_steps
+from .ops.cpu.step import score_shard, train_steps
 from .profile import PROFILED_STEPS
 from .step import Shard, Shards
 
@@ -115,16 +117,6 @@ class CompiledShards(Shards):
                 f"{self.size} of {length}"
             )
 
-    def train(self, split: Split, starts: Any, lengths: Any) -> None:
-        """The passes of one step's micro-batches, side by side."""
-        self.backend.run([
-            partial(
-                train_shard, *(p.code for p in r.passes), split.flat, starts, lengths, *r.memory,
-                r.shard.grads.flat, r.scale, r.shard.loss,
-            )
-            for r in self.recorded
-        ])  # fmt: skip
-
 
 class CompiledEngine(HostEngine):
     """A model in training, whose steps are recorded."""
@@ -137,16 +129,29 @@ class CompiledEngine(HostEngine):
         """Take memory and record; nothing is computed before the first step."""
         super().__init__(model, config, backend, split, total_steps)
         assert isinstance(self.step.shards, CompiledShards)
-        self._shards = self.step.shards
-        ops = compiled_ops(self.memory)
-        with ops.recording() as self._update:
-            self.optimizer.measure(ops, self.step.grads)
-            self.optimizer.apply(ops, self.step.grads)
+        assert isinstance(backend, NumpyBackend)
+        self._shards, self._host = self.step.shards, backend
+        with compiled_ops(self.memory).recording() as self._measure:
+            self.optimizer.measure(compiled_ops(self.memory), self.step.grads)
+        shards = self._shards.shards
+        self._applies = [
+            self._apply(compiled_ops(shard.memory), part)
+            for shard, part in zip(shards, self.optimizer.parts(len(shards)), strict=True)
+        ]
+        self._words = np.zeros((len(shards), WIDTH), np.int64)
+        sums = [(shard.grads.flat.ctypes.data, shard.loss.ctypes.data) for shard in shards]
+        self._sums = np.array(sums, np.int64)
         sequences = config.train.batch_size * config.train.grad_accum
         length = split.num_targets / len(split.lengths)
         flops = model.dims.train_flops(sequences * length, length)
         self._together = int(max(1, min(self.ring, CALL_FLOPS // flops)))
         self._eager = PROFILED_STEPS if config.profile else 0
+
+    def _apply(self, ops: CompiledOps, part: slice) -> Program:
+        """The update of a part of the weights."""
+        with ops.recording() as program:
+            self.optimizer.apply(ops, self.step.grads, part)
+        return program
 
     @property
     def stride(self) -> int:
@@ -154,7 +159,7 @@ class CompiledEngine(HostEngine):
         return 1 if self._eager else self._together
 
     def train(self, step: int, count: int = 1) -> None:
-        """Do them in one call, where there is a single shard."""
+        """Do them in one call."""
         if self._eager:
             self._eager = max(0, self._eager - count)
             super().train(step, count)
@@ -162,12 +167,22 @@ class CompiledEngine(HostEngine):
         start = time.perf_counter()
         starts, lengths = self._split.sequences(step - 1, count)
         self._shards.check(lengths)
-        if len(self._shards.shards) == 1:
-            self._steps_of_one_shard(starts, lengths, step)
-        else:
-            for k in range(count):
-                self._shards.train(self._split, starts[k], lengths[k])
-                self.step.update(int(lengths[k].sum()), self._rate(step + k), step + k)
+        optimizer = self.optimizer
+        rates = np.array([optimizer.rates(self._rate(s), s) for s in range(step, step + count)])
+        tasks = [
+            partial(
+                train_steps, *(p.code for p in r.passes), self._measure.code, apply.code,
+                self._split.flat, starts, lengths, *r.memory, r.shard.grads.flat, r.scale,
+                r.shard.loss, self._sums, self._words, optimizer.scalars, optimizer.norm, rates,
+                self.step.records, step,
+            )
+            for r, apply in zip(self._shards.recorded, self._applies, strict=True)
+        ]  # fmt: skip
+        try:
+            self._host.run_apart(tasks)
+        except BaseException:  # this thread's, on its way: the others would wait for ever
+            self._words[0, ABANDONED] = 1
+            raise
         self._seconds += time.perf_counter() - start
         self._steps += count
 
@@ -178,7 +193,7 @@ class CompiledEngine(HostEngine):
         batch = recorded.memory[1][-1]  # offsets of the last piece, then what was there before
         ends = np.flatnonzero(batch[1:] <= batch[:-1])
         sequences = int(ends[0]) if len(ends) else len(batch) - 1
-        programs = [(recorded.passes[0], pieces), (self._update, 1)]
+        programs = [(recorded.passes[0], pieces), (self._measure, 1), (self._applies[0], 1)]
         share = seconds / sum(len(program.code) for program, _ in programs)
         times: dict[str, float] = defaultdict(float)
         for program, often in programs:
@@ -186,17 +201,6 @@ class CompiledEngine(HostEngine):
                 again = partial(_play_again, program, row, int(batch[sequences]), sequences)
                 times[NAMES[row[0]]] += often * _seconds_each(again, share)
         return dict(times)
-
-    def _steps_of_one_shard(self, starts: Any, lengths: Any, first: int) -> None:
-        """All of them in one call."""
-        optimizer, (r,) = self.optimizer, self._shards.recorded
-        steps = range(first, first + len(starts))
-        rates = np.array([optimizer.rates(self._rate(step), step) for step in steps])
-        train_steps(
-            *(p.code for p in r.passes), self._update.code, self._split.flat, starts, lengths,
-            *r.memory, r.shard.grads.flat, r.scale, r.shard.loss, optimizer.norm, optimizer.scalars,
-            rates, self.step.records, first,
-        )  # fmt: skip
 
 
 def _play_again(program: Program, row: Any, rows: int, sequences: int, count: int) -> None:

@@ -12,8 +12,9 @@ from functools import partial
 from .backend.beside import usable_cores
 from .backend.numpy import NumpyBackend
 from .dims import Dims
+from .ops.cpu.atomics import WIDTH
 from .ops.cpu.instructions import Program
-from .ops.cpu.team import DONE, GONE, LATE, WIDTH, close_team, help_out, missing
+from .ops.cpu.team import DONE, GONE, LATE, close_team, help_out, missing
 
 PART = 200_000  # weights a thread is to have at least: with less than two parts, one is as fast
 OFTEN = 0.02  # seconds: if helpers come too late more often than once in these ...

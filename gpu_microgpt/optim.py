@@ -34,11 +34,15 @@ class Optimizer:
         """
         self.scalars[:3] = self.rates(rate, step)
         self.measure(workers[0], grads)
-        size = -(-len(grads.flat) // len(workers))
+        parts = self.parts(len(workers))
         self.backend.run([
-            partial(self.apply, ops, grads, slice(i * size, (i + 1) * size))
-            for i, ops in enumerate(workers)
+            partial(self.apply, ops, grads, part) for ops, part in zip(workers, parts, strict=True)
         ])  # fmt: skip
+
+    def parts(self, count: int) -> list[slice]:
+        """The flat buffers in so many stretches."""
+        size = -(-len(self.params.flat) // count)
+        return [slice(i * size, (i + 1) * size) for i in range(count)]
 
     def rates(self, rate: float, step: int) -> tuple[float, float, float]:
         """What `scalars` begin with in a step: rate and bias corrections."""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from gpu_microgpt.checkpoint import State, checkpoint_name, load
 from gpu_microgpt.config import Config
 from gpu_microgpt.event_files import event_files, read_events
@@ -77,6 +79,12 @@ def train(folder: Path, *overrides: str) -> Path:
     config = settings(folder, *overrides)
     assert Trainer(config).run() == 0
     return config.run.path
+
+
+def share_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the threads, however small it is."""
+    for name in ("SHARD_FLOPS", "COMPILED_SHARD_FLOPS"):
+        monkeypatch.setattr(f"gpu_microgpt.backend.numpy.{name}", 0.0)
 
 
 def checkpoint(run: Path, step: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("numba", reason="the compiled operations need Numba")
 
+from gpu_microgpt import compiled_step
 from gpu_microgpt.backend import choose
 from gpu_microgpt.compiled_step import LOOKS, CompiledEngine, _seconds_each
 from gpu_microgpt.config import Config
@@ -19,12 +21,13 @@ from gpu_microgpt.data.dataset import Dataset
 from gpu_microgpt.dims import Dims
 from gpu_microgpt.host_step import HostEngine
 from gpu_microgpt.model import GPT
+from gpu_microgpt.ops.cpu.atomics import ABANDONED
 from gpu_microgpt.ops.cpu.batch import first_of_part, sort_by_length
 from gpu_microgpt.ops.cpu.batch import gather as compiled_gather
 from gpu_microgpt.params import Weights, initial_weights
 from gpu_microgpt.profile import PROFILED_STEPS
 from gpu_microgpt.rng import Stream, normal
-from tests.run_helpers import settings, write_text
+from tests.run_helpers import settings, share_every_step, write_text
 
 STEPS = 23  # more than an epoch of 80 words, and no multiple of what is done together
 
@@ -83,7 +86,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_bits_as_one_by_one(kind, tmp_path, monkeypatch):
     if "threads" in kind:
-        monkeypatch.setattr("gpu_microgpt.backend.numpy.SHARD_FLOPS", 0.0)
+        share_every_step(monkeypatch)
     write_text(tmp_path)
     played, done = (make(e, tmp_path, *KINDS[kind]) for e in (CompiledEngine, HostEngine))
     threads = played.backend.threads
@@ -98,7 +101,7 @@ def test_same_bits_as_one_by_one(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("threads", "pieces"), [(1, 4), (2, 2)])
 def test_pieces(threads, pieces, tmp_path, monkeypatch):
     """A batch of more rows than are worked on at a time is cut the same way."""
-    monkeypatch.setattr("gpu_microgpt.backend.numpy.SHARD_FLOPS", 0.0)
+    share_every_step(monkeypatch)
     monkeypatch.setattr("gpu_microgpt.backend.numpy.PIECE_ROWS", 24)
     write_text(tmp_path)
     args = ("train.batch_size=11", f"threads={threads}")
@@ -117,7 +120,7 @@ def test_pieces(threads, pieces, tmp_path, monkeypatch):
 def test_the_same_held_out_loss(kind, limit, tmp_path, monkeypatch):
     """But for the order in which batches are added up."""
     if "threads" in kind:
-        monkeypatch.setattr("gpu_microgpt.backend.numpy.SHARD_FLOPS", 0.0)
+        share_every_step(monkeypatch)
     monkeypatch.setattr("gpu_microgpt.backend.numpy.PIECE_ROWS", 16)
     write_text(tmp_path)
     played, done = (make(e, tmp_path, *KINDS[kind]) for e in (CompiledEngine, HostEngine))
@@ -172,7 +175,7 @@ def test_batches_that_do_not_fit_are_refused(override, got, tmp_path):
 
 def test_a_shard_without_sequences_adds_nothing(tmp_path, monkeypatch):
     """Two shards, batches of one sequence: the second's gradients are zero, not the last step's."""
-    monkeypatch.setattr("gpu_microgpt.backend.numpy.SHARD_FLOPS", 0.0)
+    share_every_step(monkeypatch)
     monkeypatch.setattr("gpu_microgpt.backend.numpy.NumpyBackend.split", lambda self, *args: (2, 1))
     write_text(tmp_path)
     args = ("train.batch_size=1", "threads=2")
@@ -182,8 +185,30 @@ def test_a_shard_without_sequences_adds_nothing(tmp_path, monkeypatch):
     assert state(played) == state(done)
 
 
+def test_an_interrupt_leaves_no_thread_waiting(tmp_path, monkeypatch):
+    """Ctrl-C before this thread is in compiled code, where the other waits for it."""
+    share_every_step(monkeypatch)
+    write_text(tmp_path)
+    engine, ended = make(CompiledEngine, tmp_path, "threads=2"), threading.Event()
+    play = compiled_step.train_steps
+
+    def interrupted(*args):
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        play(*args)
+        ended.set()
+
+    monkeypatch.setattr(compiled_step, "train_steps", interrupted)
+    with engine.backend:
+        with pytest.raises(KeyboardInterrupt):
+            engine.train(1, 5)
+        alone = ended.wait(300)
+        engine._words[0, ABANDONED] = 1  # or this test would wait too
+    assert alone
+
+
 def test_one_and_two_threads_agree(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpu_microgpt.backend.numpy.SHARD_FLOPS", 0.0)
+    share_every_step(monkeypatch)
     write_text(tmp_path)
     runs = [make(CompiledEngine, tmp_path, f"threads={n}", "optimizer.lr=1e-3") for n in (1, 2)]
     losses = [train(run)[:, 0] for run in runs]

@@ -12,7 +12,6 @@ import pytest
 
 from gpu_microgpt import cli
 from gpu_microgpt.activations import Activations
-from gpu_microgpt.backend import numpy as numpy_backend
 from gpu_microgpt.checkpoint import load as load_state
 from gpu_microgpt.data.batch import pack
 from gpu_microgpt.errors import DataError
@@ -24,6 +23,7 @@ from tests.run_helpers import (
     no_warning,
     rows,
     saved,
+    share_every_step,
     train,
     truncate,
     words,
@@ -64,7 +64,7 @@ def test_own_split_is_the_trainers_own_figure(
     mode: str, threads: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, for every checkpoint with one."""
-    monkeypatch.setattr(numpy_backend, "SHARD_FLOPS", 0)
+    share_every_step(monkeypatch)
     run = train(tmp_path, f"data.mode={mode}", f"threads={threads}", f"dtype={dtype}")
     reported = {row["step"]: row["loss/val"] for row in rows(run) if "loss/val" in row}
     assert reported.keys() == {4, 8, 12}

@@ -23,6 +23,7 @@ from tests.run_helpers import (
     rows,
     saved,
     settings,
+    share_every_step,
     text_event,
     train,
 )
@@ -54,7 +55,7 @@ class Counting:
 @pytest.mark.parametrize("accumulated", [1, 3])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_table_has_the_operations_of_a_step(threads, accumulated, tmp_path, monkeypatch):
-    monkeypatch.setattr("gpu_microgpt.backend.numpy.SHARD_FLOPS", 0)
+    share_every_step(monkeypatch)
     args = (*NUMPY, *QUIET, "sample.num=0", "data.val_fraction=0", f"threads={threads}")
     args = (*args, f"train.grad_accum={accumulated}")
     found = table(train(tmp_path, *args, "profile=true"))

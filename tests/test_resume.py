@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpu_microgpt.backend import numpy as numpy_backend
 from gpu_microgpt.backend.numpy import NumpyBackend
 from gpu_microgpt.checkpoint import load
 from gpu_microgpt.errors import CheckpointError
@@ -29,6 +28,7 @@ from tests.run_helpers import (
     saved,
     settings,
     settings_file,
+    share_every_step,
     start_training,
     train,
     truncate,
@@ -60,7 +60,7 @@ def side_by_side(monkeypatch: pytest.MonkeyPatch) -> set[int]:
         run(self, tasks)
 
     monkeypatch.setattr(NumpyBackend, "run", count)
-    monkeypatch.setattr(numpy_backend, "SHARD_FLOPS", 0)
+    share_every_step(monkeypatch)
     return seen
 
 

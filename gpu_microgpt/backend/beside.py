@@ -11,7 +11,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 
@@ -23,11 +23,11 @@ class Beside:
         self._thread = 0  # the system's number of it
         self._pool = ThreadPoolExecutor(1, "beside", initializer=self._begin)
 
-    def start(self, task: Callable[[], None]) -> None:
+    def start(self, task: Callable[[], None]) -> Future[None]:
         """Do the task behind those given before, on another core than this one."""
         if self._thread:
             _keep_off_this_core(self._thread)
-        self._pool.submit(task)
+        return self._pool.submit(task)
 
     def stop(self) -> None:
         """Wait for the tasks, and end the thread."""

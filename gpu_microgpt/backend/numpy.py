@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
 from importlib.util import find_spec
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DTYPES = {"auto": np.float32, "fp32": np.float32, "fp64": np.float64, "bf16": np.float32}
 INSTALL = "pip install 'gpu-microgpt[fast]'"
 SHARD_FLOPS = 5e8  # a smaller step loses more to the threads' hand-over than it gains
+COMPILED_SHARD_FLOPS = 1e7  # the same where threads stay in compiled code from step to step
 PIECE_ROWS = 1024  # worked on at a time: enough for BLAS, few enough for the cache
 NARROW_ROWS = 256  # where products are so fast that they wait for the cache; unless a row takes
 ROW_FLOPS = 2e7  # more than this: large weights, which are packed anew for every piece
@@ -89,8 +90,9 @@ class NumpyBackend:
         A shard goes through its part in pieces, which stay in the cache and need less memory.
         Threads that a large step has left over because its batch is small go to BLAS.
         """
-        shards = min(self.threads, batch_size) if flops >= SHARD_FLOPS else 1
-        self._blas_threads = self.threads // shards if flops >= SHARD_FLOPS else 1
+        large = flops >= (COMPILED_SHARD_FLOPS if self.compiled else SHARD_FLOPS)
+        shards = min(self.threads, batch_size) if large else 1
+        self._blas_threads = self.threads // shards if large else 1
         share = -(-batch_size // shards)
         waits = self._unit and flops < ROW_FLOPS * batch_size * length
         rows = NARROW_ROWS if waits else PIECE_ROWS
@@ -169,11 +171,19 @@ class NumpyBackend:
         for other in others:
             other.result()
 
-    def start_beside(self, number: int, task: Callable[[], None]) -> None:
+    def run_apart(self, tasks: Sequence[Callable[[], None]]) -> None:
+        """Run tasks that wait for one another: all at once, the first on this thread, the others on
+        other cores."""
+        others = [self.start_beside(i, task) for i, task in enumerate(tasks[1:])]
+        tasks[0]()
+        for other in others:
+            other.result()
+
+    def start_beside(self, number: int, task: Callable[[], None]) -> Future[None]:
         """Begin the task on a thread of this number, from 0 on, on another core."""
         while len(self._beside) <= number:
             self._beside.append(Beside())
-        self._beside[number].start(task)
+        return self._beside[number].start(task)
 
     def memory(self) -> int | None:
         """Bytes of physical memory, where the system tells."""

@@ -1,19 +1,20 @@
 """Whole training steps in one compiled call: batches, forward, backward, records, update.
 
 Programs (instructions.py) say what is done to a batch and to the weights; here they are played, for
-every piece of a shard's part of every micro-batch, and step after step. One shard does any number
-of steps in one call; of several, each has its own call for a step, on its own thread.
+every piece of a shard's part of every micro-batch, and step after step. Any number of steps is one
+call of each shard, on a thread of its own.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from .atomics import barrier
 from .batch import first_of_part, gather, sort_by_length
 from .compile import compiled
 from .play import play
-from .rows import fill_row
-from .vector import at
+from .rows import add_row, fill_row
+from .vector import at, doubles, place
 
 
 @compiled
@@ -80,23 +81,45 @@ def score_shard(
 
 @compiled
 def train_steps(
-    first_pass: Any, other_passes: Any, update: Any, text: Any, starts: Any, lengths: Any,
-    share: Any, ids: Any, sorting: Any, grads: Any, scale: Any, loss: Any, norm: Any, scalars: Any,
-    rates: Any, records: Any, step: Any,
+    first_pass: Any, other_passes: Any, measure: Any, apply: Any, text: Any, starts: Any,
+    lengths: Any, share: Any, ids: Any, sorting: Any, grads: Any, scale: Any, loss: Any, sums: Any,
+    words: Any, scalars: Any, norm: Any, rates: Any, records: Any, step: Any,
 ) -> None:  # fmt: skip
-    """As many steps of a single shard as there are rates, from number `step` on.
+    """As many steps as there are rates, from number `step` on; each shard has a call of its own,
+    all at the same time, with barriers where one needs what the others did.
 
-    update: the program of the update, which reads scalars (4,) and writes norm (1,), both float64;
-    rates (steps, 3): what scalars begin with in each step; starts, lengths (steps, micro-batches,
-    B); records (ring, 3) as `Step` has them. The rest as above.
+    measure: the program of the norm, which writes norm (1,) and scalars[3], float64; apply: that of
+    the update of the shard's part of the weights, which reads scalars (4,). rates (steps, 3): what
+    scalars begin with in each step; starts, lengths (steps, micro-batches, B); records (ring, 3) as
+    `Step` has them; sums (shards, 2) int64: addresses of every shard's gradients and loss. words:
+    see atomics.py. The rest as above.
     """
+    shard, shards, _ = share
+    part = (len(grads) + shards - 1) // shards
+    first, last = min(shard * part, len(grads)), min((shard + 1) * part, len(grads))
     for k in range(len(rates)):
         train_shard(
             first_pass, other_passes, text, starts[k], lengths[k], share, ids, sorting, grads,
             scale, loss,
         )  # fmt: skip
-        scalars[:3] = rates[k]
-        play(grads, update, 0, 0)
-        record = records[(step + k) % len(records)]
-        record[2] = lengths[k].sum()
-        record[0], record[1] = loss[0] / record[2], norm[0]
+        barrier(words, shard)
+        total = at(place(grads, sums[0, 0]), first)
+        for other in range(1, shards):
+            add_row(total, total, at(place(grads, sums[other, 0]), first), last - first)
+        barrier(words, shard)
+        if shard == 0:
+            scalars[:3] = rates[k]
+            play(grads, measure, 0, 0)
+            _record(records[(step + k) % len(records)], sums, lengths[k].sum(), norm[0])
+        barrier(words, shard)
+        play(grads, apply, 0, 0)
+        barrier(words, shard)
+
+
+@compiled
+def _record(record: Any, sums: Any, count: Any, norm: Any) -> None:
+    """A step's mean loss over the shards, its norm and number of targets."""
+    loss = doubles(sums[0, 1])[0]
+    for other in range(1, len(sums)):
+        loss += doubles(sums[other, 1])[0]
+    record[0], record[1], record[2] = loss / count, norm, count

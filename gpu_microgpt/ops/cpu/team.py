@@ -16,82 +16,25 @@ The system may take a helper's core away at any moment, or never give it one. So
 
     words (1 + helpers, WIDTH) int64: row 0 counts what was played, another row is a helper's
 
-Each word has cache lines of its own. `load_word` sees all that was written by whoever stored the
-number it reads with `store_word`, before that.
+atomics.py says what they are.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
-
-from .code import I32, I64
+from .atomics import WIDTH, load_word, pause, store_word
 from .compile import compiled
 from .parts import bring_part, can_be_shared, play_part, scratch_of
 from .play import perform, play
 from .vector import at, place
 
-WIDTH = 32  # numbers in a row of words: two pairs of cache lines, as those are fetched in pairs
 COUNT, LATE = 0, 16  # where in row 0: what was played; how often an answer did not come in time
 ASKED, DONE = 0, 16  # in a helper's: what the leader asks for; the answer
 CLOSED, GONE, COMING = -1, -2, -3  # asked for nothing more; has returned; was sent for
 # A pause takes 10 to 50 ns, so that these are 20 to 100 us, and 0.5 to 2.5 ms
 PATIENCE = 2_000  # pauses until the leader does without a helper
 IDLE = 50_000  # pauses until a helper that is asked for nothing returns
-
-
-def _address(target: Any, builder: Any, kind: Any, words: Any, index: Any) -> Any:
-    data = cgutils.create_struct_proxy(kind)(target, builder, words).data
-    return builder.gep(data, [index], source_etype=I64)
-
-
-@intrinsic
-def load_word(context: Any, words: Any, index: Any) -> Any:
-    """The number at an index of words, read as flat."""
-
-    def generate(target: Any, builder: Any, signature: Any, values: Any) -> Any:
-        address = _address(target, builder, signature.args[0], *values)
-        return builder.load_atomic(address, "acquire", 8, typ=I64)
-
-    return types.int64(words, types.intp), generate
-
-
-@intrinsic
-def store_word(context: Any, words: Any, index: Any, number: Any) -> Any:
-    """Put a number at an index of words, read as flat."""
-
-    def generate(target: Any, builder: Any, signature: Any, values: Any) -> Any:
-        address = _address(target, builder, signature.args[0], *values[:2])
-        builder.store_atomic(values[2], address, "release", 8)
-        return target.get_dummy_value()
-
-    return types.void(words, types.intp, types.int64), generate
-
-
-@intrinsic
-def pause(context: Any) -> Any:
-    """Wait a moment, and leave the core's other thread its units."""
-
-    def generate(target: Any, builder: Any, signature: Any, values: Any) -> Any:
-        triple, nothing = llvm.get_process_triple(), ir.VoidType()
-        if triple.startswith(("x86_64", "i686")):
-            kind = ir.FunctionType(nothing, [])
-            name, arguments = "llvm.x86.sse2.pause", []
-        elif triple.startswith(("aarch64", "arm64")):
-            kind = ir.FunctionType(nothing, [I32])
-            name, arguments = "llvm.aarch64.isb", [I32(15)]
-        else:
-            return target.get_dummy_value()
-        function = cgutils.get_or_insert_function(builder.module, kind, name)
-        builder.call(function, arguments)
-        return target.get_dummy_value()
-
-    return types.void(), generate
 
 
 @compiled
