@@ -73,7 +73,7 @@ class Instructions(Context):
 
     unit: int  # FULL, DOTS, AMX or SPLIT
     linear_scratch: Callable[[int, int, int], tuple[Shape, ...]]
-    attention_scratch: Callable[[int, int, int, int], tuple[Shape, ...]]
+    attention_scratch: Callable[[int, int, int], tuple[Shape, ...]]
     _play: Callable[..., None]  # play.play, which knows what every instruction does
 
     def __init__(self, xp: Any, workspace: Array, dtype: Any) -> None:
@@ -83,6 +83,10 @@ class Instructions(Context):
         self._dtypes = {"f": self._like.dtype, "i": np.dtype("i4"), "d": np.dtype("f8")}
         self._program: Program | None = None
         self._row = np.zeros((1, WIDTH), np.int64)
+
+    def attention_unit(self, channels: int, n_head: int) -> int:
+        """What multiplies in attention with such heads."""
+        return FULL
 
     @contextmanager
     def recording(self) -> Iterator[Program]:
