@@ -17,6 +17,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from .backend import cupy
+from .backend.beside import usable_cores
 from .backend.numpy import PIN, NumpyBackend
 from .errors import BackendError, ConfigError
 
@@ -62,7 +63,7 @@ class Compiled:
 
 def find_cores(threads: int) -> Cores:
     """`threads`: asked for; 0: the default."""
-    usable = NumpyBackend().threads
+    usable = usable_cores()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return Cores(os.cpu_count() or usable, usable, _quota(), threads or usable, load)
 
