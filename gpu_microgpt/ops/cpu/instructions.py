@@ -27,6 +27,7 @@ from ..reference.context import Context
 
 WIDTH = 16  # numbers of an instruction: which operation, and up to 15 of its own
 
+# First those by rows, then products and attention, then the rest: play.py tells them apart by this.
 # What each takes, in order, by letters: an array of the floats' dtype f, of int32 i, of float64 d;
 # an integer n, a float64 x
 TAKES = {
