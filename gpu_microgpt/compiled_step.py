@@ -2,8 +2,7 @@
 
 What graph_step.py is for a GPU. The passes of model.py and the update are recorded as programs of
 instructions; a call of `ops.cpu.step` gathers batches from the text and plays them. Where a step is
-small Python is not asked between steps: they wait here until there is work enough for a call, or
-their figures are asked for.
+small, as many as are worth a call are done in one, and Python is not asked between them.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .backend import Backend
 from .config import Config
 from .data.batch import Batch, Layout, Run
 from .data.dataset import Split
-from .host_step import HostEngine, HostFigures
+from .host_step import HostEngine
 from .model import GPT
 from .ops.cpu import CompiledOps
 from .ops.cpu.instructions import NAMES, Program
@@ -128,7 +127,7 @@ class CompiledShards(Shards):
 
 
 class CompiledEngine(HostEngine):
-    """A model in training, whose steps wait until there are enough, or figures are wanted."""
+    """A model in training, whose steps are recorded."""
 
     shards = CompiledShards
 
@@ -148,32 +147,33 @@ class CompiledEngine(HostEngine):
         flops = model.dims.train_flops(sequences * length, length)
         self._together = int(max(1, min(self.ring, CALL_FLOPS // flops)))
         self._eager = PROFILED_STEPS if config.profile else 0
-        self._waiting: list[int] = []
-        self._last: int | None = None
 
-    def train(self, step: int) -> None:
-        """Do it with those that wait, or leave it to wait. Raises ValueError where a step is left
-        out."""
+    @property
+    def stride(self) -> int:
+        """As many as make a call of CALL_FLOPS; one while steps are profiled."""
+        return 1 if self._eager else self._together
+
+    def train(self, step: int, count: int = 1) -> None:
+        """Do them in one call, where there is a single shard."""
         if self._eager:
-            self._eager -= 1
-            super().train(step)
+            self._eager = max(0, self._eager - count)
+            super().train(step, count)
             return
-        if self._last is not None and step != self._last + 1:
-            raise ValueError(f"train: got step {step}, wanted {self._last + 1}")
-        self._last = step
-        self._waiting.append(step)
-        if len(self._waiting) == self._together:
-            self._work()
-
-    def ask(self) -> HostFigures:
-        """Those of all steps, which are done by then."""
-        self._work()
-        return super().ask()
+        start = time.perf_counter()
+        starts, lengths = self._split.sequences(step - 1, count)
+        self._shards.check(lengths)
+        if len(self._shards.shards) == 1:
+            self._steps_of_one_shard(starts, lengths, step)
+        else:
+            for k in range(count):
+                self._shards.train(self._split, starts[k], lengths[k])
+                self.step.update(int(lengths[k].sum()), self._rate(step + k), step + k)
+        self._seconds += time.perf_counter() - start
+        self._steps += count
 
     def instruction_times(self, seconds: float) -> dict[str, float]:
         """Seconds a step that the first shard's instructions take by name, each played again and
         again on the last batch and timed alone. The weights are worth nothing afterwards."""
-        self._work()
         recorded, pieces = self._shards.recorded[0], self._shards.pieces
         batch = recorded.memory[1][-1]  # offsets of the last piece, then what was there before
         ends = np.flatnonzero(batch[1:] <= batch[:-1])
@@ -186,34 +186,6 @@ class CompiledEngine(HostEngine):
                 again = partial(_play_again, program, row, int(batch[sequences]), sequences)
                 times[NAMES[row[0]]] += often * _seconds_each(again, share)
         return dict(times)
-
-    def gradients(self) -> dict[str, np.ndarray[Any, Any]]:
-        """As a HostEngine's."""
-        self._work()
-        return super().gradients()
-
-    def mean_loss(self, split: Split, limit: int = 0) -> float:
-        """Of the weights after all steps."""
-        self._work()
-        return super().mean_loss(split, limit)
-
-    def _work(self) -> None:
-        """Do the steps that wait."""
-        if not self._waiting:
-            return
-        start = time.perf_counter()
-        first, count = self._waiting[0], len(self._waiting)
-        self._waiting.clear()
-        starts, lengths = self._split.sequences(first - 1, count)
-        self._shards.check(lengths)
-        if len(self._shards.shards) == 1:
-            self._steps_of_one_shard(starts, lengths, first)
-        else:
-            for k in range(count):
-                self._shards.train(self._split, starts[k], lengths[k])
-                self.step.update(int(lengths[k].sum()), self._rate(first + k), first + k)
-        self._seconds += time.perf_counter() - start
-        self._steps += count
 
     def _steps_of_one_shard(self, starts: Any, lengths: Any, first: int) -> None:
         """All of them in one call."""

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
 
 from .config import ModelConfig
+
+Real = TypeVar("Real", float, np.ndarray[Any, Any])
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,14 @@ class Dims:
         c = self.n_embd
         return (2 * self.vocab_size + self.block_size) * c + 12 * c * c * self.n_layer
 
-    def train_flops(self, rows: float, length: float) -> float:
+    def train_flops(self, rows: Real, length: Real) -> Real:
         """Floating-point operations of forward + backward over `rows` positions.
 
         A multiply-add counts as two; backward costs twice the forward. Attention is counted over
         the causal half only: `length` is the mean length of the sequences the rows come from.
-        Nothing recomputed is counted.
+        Nothing recomputed is counted. Of arrays it is an array.
         """
         matmul = self.vocab_size * self.n_embd + 12 * self.n_embd**2 * self.n_layer
         attention = length * self.n_embd * self.n_layer  # q.k and p.v, half of each
-        return 6.0 * rows * (matmul + attention)
+        flops: Real = 6.0 * rows * (matmul + attention)
+        return flops

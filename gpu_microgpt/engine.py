@@ -41,8 +41,12 @@ class Engine(Protocol):
     memory: Activations  # to look into after a forward pass
     ring: int  # steps after which figures must have been asked for
 
-    def train(self, step: int) -> None:
-        """Enqueue a step, counted from 1; each follows the one before."""
+    @property
+    def stride(self) -> int:
+        """Steps that are best given to `train` together, from now on."""
+
+    def train(self, step: int, count: int = 1) -> None:
+        """Enqueue so many steps from this one on, counted from 1; each follows the one before."""
 
     def ask(self) -> Figures:
         """Ask for the figures of the steps enqueued so far; does not wait for a device. Once they

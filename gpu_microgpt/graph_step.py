@@ -98,12 +98,21 @@ class GraphStep:
         self._since: Event | None = None
         self._timed = 0
 
-    def train(self, step: int) -> None:
-        """Enqueue a step; the first, or the first few to be profiled, are done eagerly and then
+    @property
+    def stride(self) -> int:
+        """The host is ahead of the device as it is."""
+        return 1
+
+    def train(self, step: int, count: int = 1) -> None:
+        """Enqueue them; the first, or the first few to be profiled, are done eagerly and then
         captured.
 
         Raises ValueError where a step is left out.
         """
+        for number in range(step, step + count):
+            self._enqueue(number)
+
+    def _enqueue(self, step: int) -> None:
         if self._last is None:
             done = (step - 1) * self._micros
             self.gpu.upload(self._counter, np.array([done], np.int64))

@@ -53,14 +53,20 @@ class HostEngine:
         self.ring = len(self.step.records)
         self._seconds, self._steps = 0.0, 0
 
-    def train(self, step: int) -> None:
-        """Do a step."""
+    @property
+    def stride(self) -> int:
+        """Nothing is gained by more than one."""
+        return 1
+
+    def train(self, step: int, count: int = 1) -> None:
+        """Do them."""
         start = time.perf_counter()
         micros = range(self.config.train.grad_accum)
-        batches = [self._split.batch(step - 1, micro) for micro in micros]
-        self.step.train(batches, self._rate(step), step)
+        for number in range(step, step + count):
+            batches = [self._split.batch(number - 1, micro) for micro in micros]
+            self.step.train(batches, self._rate(number), number)
         self._seconds += time.perf_counter() - start
-        self._steps += 1
+        self._steps += count
 
     def ask(self) -> HostFigures:
         """They are here."""

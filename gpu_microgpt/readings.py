@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
+
 from .config import Config
 from .dims import Dims
 from .engine import Engine, Figures
@@ -34,6 +36,10 @@ class Readings:
         self._asked = self._read = start
         self._waiting: deque[tuple[int, Figures]] = deque()  # asked for after these steps
 
+    def ahead(self, step: int) -> int:
+        """Steps behind this one after which it is time to ask."""
+        return min(self._interval - step % self._interval, self._asked + self.engine.ring - step)
+
     def after(self, step: int) -> None:
         """Ask where it is time, and report what has arrived; does not wait for this step.
 
@@ -60,11 +66,12 @@ class Readings:
         while self._waiting and (wait or self._waiting[0][1].done()):
             step, figures = self._waiting.popleft()
             records, milliseconds = figures.records(), figures.ms_per_step()
-            for done in range(self._read + 1, step + 1):
-                loss, norm, count = (float(x) for x in records[done % len(records)])
-                self.report.check(done, loss, norm, self._rate(done), self._advice)
-                flops = self._dims.train_flops(count, count / self._sequences)
-                self.report.count(count, flops, milliseconds)
-                if done % self._interval == 0 or done == self._total:
-                    self.report.train(done, norm, self._rate(done))
+            steps = np.arange(self._read + 1, step + 1)
+            losses, norms, counts = records[steps % len(records)].T
+            self.report.check(steps, losses, norms, self._rate, self._advice)
+            flops = self._dims.train_flops(counts, counts / self._sequences)
+            self.report.count(len(steps), counts.sum(), flops.sum(), milliseconds)
+            # asked for at every interval, so that only the last step can end one
+            if step % self._interval == 0 or step == self._total:
+                self.report.train(step, float(norms[-1]), self._rate(step))
             self._read = step

@@ -18,6 +18,7 @@ from .run_folder import RunFolder
 from .snapshot import Scores
 from .text_model import join_texts
 
+Numbers = np.ndarray[Any, Any]
 RECENT = 50  # steps the closing mean of the training loss goes over
 LARGEST = 5  # rows of a profile that are told
 PICTURE = 256  # pixels an attention map has at least
@@ -40,27 +41,31 @@ class Report:
         self._tokens = self._flops = self._milliseconds = 0.0
         self._steps = 0
 
-    def count(self, tokens: float, flops: float, milliseconds: float) -> None:
-        """A step worked on so many tokens and floating-point operations, in that time (0: not
-        known, so that the step does not count for the speed)."""
+    def count(self, steps: int, tokens: float, flops: float, milliseconds: float) -> None:
+        """So many steps worked on so many tokens and floating-point operations, in that time each
+        (0: not known, so that they do not count for the speed)."""
         if not milliseconds:
             return
-        self._steps += 1
+        self._steps += steps
         self._tokens += tokens
         self._flops += flops
-        self._milliseconds += milliseconds
+        self._milliseconds += steps * milliseconds
 
     def check(
-        self, step: int, loss: float, norm: float, rate: float, advice: Callable[[], str]
-    ) -> None:
-        """Take note of a step's loss. Raises DivergedError where loss or norm is not finite."""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        self, steps: Numbers, losses: Numbers, norms: Numbers, rate: Callable[[int], float],
+        advice: Callable[[], str],
+    ) -> None:  # fmt: skip
+        """Take note of the losses of these steps, (n,) each. Raises DivergedError for the first
+        where loss or norm is not finite."""
+        for i in np.flatnonzero(~(np.isfinite(losses) & np.isfinite(norms)))[:1]:
+            step = int(steps[i])
             raise DivergedError(
-                f"step {step}: loss {loss:g}, gradient norm {norm:g} at learning rate {rate:.3g}, "
-                f"wanted finite numbers: lower optimizer.lr or set optimizer.grad_clip; {advice()}"
+                f"step {step}: loss {losses[i]:g}, gradient norm {norms[i]:g} at learning rate "
+                f"{rate(step):.3g}, wanted finite numbers: lower optimizer.lr or set "
+                f"optimizer.grad_clip; {advice()}"
             )
-        self.loss = loss
-        self.recent.append(loss)
+        self.recent.extend(losses[-RECENT:].tolist())
+        self.loss = self.recent[-1]
 
     def train(self, step: int, norm: float, rate: float) -> None:
         """Report training: the last loss checked, and the speed of the steps since the last report

@@ -163,14 +163,23 @@ class Trainer:
         )  # fmt: skip
         stopped = False
         while step < self.end and not stopped:
-            step += 1
-            with self.profiler.step(step):
-                self.engine.train(step)
+            count = self._ahead(step)
+            with self.profiler.step(step + 1):
+                self.engine.train(step + 1, count)
+            step += count
             self.report.progress.advance(step)
             self._profile(step)
             stopped = self._after_step(step, signals)
         self._profile(step, at_end=True)
         return step
+
+    def _ahead(self, step: int) -> int:
+        """Steps to do together behind this one: as the engine likes it, but nothing may be due
+        between them."""
+        train = self.config.train
+        intervals = (train.eval_interval, train.histogram_interval, train.sample_interval)
+        due = [i - step % i for i in (*intervals, self.config.checkpoint.interval) if i > 0]
+        return min(self.engine.stride, self.readings.ahead(step), self.end - step, *due)
 
     def _profile(self, step: int, at_end: bool = False) -> None:
         """Report where the time went once that is known."""

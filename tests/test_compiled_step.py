@@ -22,6 +22,7 @@ from gpu_microgpt.model import GPT
 from gpu_microgpt.ops.cpu.batch import first_of_part, sort_by_length
 from gpu_microgpt.ops.cpu.batch import gather as compiled_gather
 from gpu_microgpt.params import Weights, initial_weights
+from gpu_microgpt.profile import PROFILED_STEPS
 from gpu_microgpt.rng import Stream, normal
 from tests.run_helpers import settings, write_text
 
@@ -46,12 +47,12 @@ def train(engine: HostEngine, first: int = 1, last: int = STEPS) -> np.ndarray:
     """Records of all steps, (last - first + 1, 3)."""
     records = []
     with engine.backend:
-        for step in range(first, last + 1):
-            engine.train(step)
-            if step % engine.ring == 0 or step == last:
-                ring = engine.ask().records()
-                known = range(first + len(records), step + 1)
-                records += [ring[s % len(ring)].copy() for s in known]
+        while first <= last:
+            count = min(engine.stride, engine.ring, last + 1 - first)
+            engine.train(first, count)
+            ring = engine.ask().records()
+            records += [ring[s % len(ring)].copy() for s in range(first, first + count)]
+            first += count
     return np.array(records)
 
 
@@ -165,9 +166,8 @@ def test_batches_that_do_not_fit_are_refused(override, got, tmp_path):
     with pytest.raises(ValueError, match=got):
         engine.mean_loss(other._split)
     engine._split = other._split
-    engine.train(1)
     with pytest.raises(ValueError, match=got):
-        engine.ask()
+        engine.train(1)
 
 
 def test_a_shard_without_sequences_adds_nothing(tmp_path, monkeypatch):
@@ -191,40 +191,27 @@ def test_one_and_two_threads_agree(tmp_path, monkeypatch):
     assert np.abs(losses[0] - losses[1]).max() < 1e-6
 
 
-def test_steps_wait_until_they_are_asked_for(tmp_path):
+def test_small_steps_are_done_together(tmp_path, monkeypatch):
+    """As many as CALL_FLOPS, but no more than their records are kept."""
     write_text(tmp_path)
     engine = make(CompiledEngine, tmp_path)
-    before = engine.optimizer.params.flat.tobytes()
-    with engine.backend:
-        engine.train(1)
-        engine.train(2)
-        assert engine.optimizer.params.flat.tobytes() == before
+    assert engine.stride == engine.ring == 10
+    assert make(CompiledEngine, tmp_path, "train.log_interval=2").stride == 2
+    monkeypatch.setattr("gpu_microgpt.compiled_step.CALL_FLOPS", 1.0)
+    assert make(CompiledEngine, tmp_path).stride == 1
+    one_by_one = make(HostEngine, tmp_path)
+    with engine.backend, one_by_one.backend:
+        engine.train(1, 7)
         figures = engine.ask()
-        assert figures.steps == 2
+        assert figures.steps == 7
         assert figures.ms_per_step() > 0
-        after = engine.optimizer.params.flat.tobytes()
-        assert after != before
         assert engine.ask().steps == 0
-        assert engine.optimizer.params.flat.tobytes() == after
-        with pytest.raises(ValueError, match="got step 4, wanted 3"):
-            engine.train(4)
-        engine.train(3)
-        with pytest.raises(ValueError, match="got step 5, wanted 4"):
-            engine.train(5)
+        one_by_one.train(1, 7)
+    assert figures.records().tobytes() == one_by_one.ask().records().tobytes()
+    assert state(engine) == state(one_by_one)
 
 
-def test_steps_wait_no_longer_than_their_records_are_kept(tmp_path):
-    write_text(tmp_path)
-    engine = make(CompiledEngine, tmp_path, "train.log_interval=2")
-    before = engine.optimizer.params.flat.tobytes()
-    with engine.backend:
-        engine.train(1)
-        assert engine.optimizer.params.flat.tobytes() == before
-        engine.train(2)
-        assert engine.optimizer.params.flat.tobytes() != before
-
-
-def test_what_looks_at_a_step_waits_for_it(tmp_path):
+def test_what_looks_at_a_step(tmp_path):
     write_text(tmp_path)
     played, timed, done = (
         make(kind, tmp_path) for kind in (CompiledEngine, CompiledEngine, HostEngine)
@@ -238,30 +225,16 @@ def test_what_looks_at_a_step_waits_for_it(tmp_path):
     assert timed.ask().records().tobytes() == done.ask().records().tobytes()
 
 
-def test_large_steps_do_not_wait(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpu_microgpt.compiled_step.CALL_FLOPS", 1.0)
-    write_text(tmp_path)
-    engine = make(CompiledEngine, tmp_path)
-    before = engine.optimizer.params.flat.tobytes()
-    with engine.backend:
-        engine.train(1)
-    assert engine.optimizer.params.flat.tobytes() != before
-
-
 def test_profiled_steps_are_done_one_by_one(tmp_path):
     write_text(tmp_path)
     engine, plain = (make(CompiledEngine, tmp_path, f"profile={p}") for p in ("true", "false"))
-    assert train(engine, 1, 1).tobytes() == train(plain, 1, 1).tobytes()
-    before = engine.optimizer.params.flat.tobytes()
-    with engine.backend:
-        engine.train(2)
-    assert engine.optimizer.params.flat.tobytes() != before
-    assert train(engine, 3, 12).tobytes() == train(plain, 2, 12)[1:].tobytes()
-    before = engine.optimizer.params.flat.tobytes()
-    with engine.backend:
-        engine.train(13)  # those after them wait as ever
-    assert engine.optimizer.params.flat.tobytes() == before
-    assert train(engine, 14)[1:].tobytes() == train(plain, 13)[2:].tobytes()
+    assert plain.stride == 10
+    for step in range(1, PROFILED_STEPS + 1):
+        assert engine.stride == 1
+        assert train(engine, step, step).tobytes() == train(plain, step, step).tobytes()
+    assert engine.stride == 10
+    assert train(engine, PROFILED_STEPS + 1).tobytes() == train(plain, PROFILED_STEPS + 1).tobytes()
+    assert state(engine) == state(plain)
 
 
 def test_where_the_time_goes(tmp_path, monkeypatch):

@@ -43,8 +43,9 @@ class Engine:
     paused: int = 0
     now: np.ndarray = field(default_factory=lambda: np.full((RING, 3), np.nan))
 
-    def train(self, step: int) -> None:
-        self.now[step % RING] = step, 10 * step, 100 * step
+    def train(self, step: int, count: int = 1) -> None:
+        for s in range(step, step + count):
+            self.now[s % RING] = s, 10 * s, 100 * s
 
     def ask(self) -> Figures:
         self.under_way += 1
@@ -63,8 +64,9 @@ class Report:
     counted: list[Any] = field(default_factory=list)
     trained: list[Any] = field(default_factory=list)
 
-    def check(self, step: int, loss: float, norm: float, rate: float, advice: Any) -> None:
-        self.checked.append((step, loss, norm, rate, advice()))
+    def check(self, steps: Any, losses: Any, norms: Any, rate: Any, advice: Any) -> None:
+        for s, loss, norm in zip(steps, losses, norms, strict=True):
+            self.checked.append((s, loss, norm, rate(s), advice()))
 
     def count(self, *figures: float) -> None:
         self.counted.append(figures)
@@ -108,9 +110,31 @@ def test_every_step_is_told_once_in_order(start, interval, prompt):
     assert report.checked == [(s, s, 10 * s, s / 8, "help") for s in steps]
     each = [100 * s / (BATCH * ACCUMULATED) for s in steps]  # rows of a sequence
     flops = [DIMS.train_flops(100 * s, length) for s, length in zip(steps, each, strict=True)]
-    assert report.counted == [(100 * s, f, 7.0) for s, f in zip(steps, flops, strict=True)]
+    assert sum(count for count, *_ in report.counted) == len(steps)
+    assert sum(tokens for _, tokens, *_ in report.counted) == sum(100 * s for s in steps)
+    assert sum(f for _, _, f, _ in report.counted) == pytest.approx(sum(flops), rel=1e-14)
+    assert {milliseconds for *_, milliseconds in report.counted} == {7.0}
     logged = [s for s in steps if s % interval == 0 or s == 19]
     assert report.trained == [(s, 10 * s, s / 8) for s in logged]
+
+
+@pytest.mark.parametrize("interval", [1, 3, 4, 7])
+@pytest.mark.parametrize("stride", [1, 2, 5, 64])
+def test_many_steps_together_end_where_it_is_time_to_ask(stride, interval):
+    engine = Engine(prompt=False)
+    readings, report = readings_of(engine, interval)
+    step = 0
+    while step < 19:
+        count = min(stride, 19 - step, readings.ahead(step))
+        assert 1 <= count <= RING
+        engine.train(step + 1, count)
+        step += count
+        readings.after(step)
+    readings.flush(19)
+    assert [(s, loss) for s, loss, *_ in report.checked] == [(s, s) for s in range(1, 20)]
+    assert report.trained == [
+        (s, 10 * s, s / 8) for s in range(1, 20) if not s % interval or s == 19
+    ]
 
 
 def test_what_is_late_is_not_waited_for():

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("numba", reason="the compiled operations need Numba")
 
 from gpu_microgpt.ops.cpu import CompiledOps
+from gpu_microgpt.ops.cpu.code import HAS_MXCSR
 from gpu_microgpt.ops.cpu.sample import keep_likely_row
 from gpu_microgpt.ops.reference import ReferenceOps
 from tests.guard_page import up_to_the_edge
@@ -95,6 +96,22 @@ def test_update(dtype, size):
     compare("add_losses", [np.ones(1)], g)
     (wanted,), (norm,) = both("global_norm", [np.zeros(1)], g)
     assert norm[0] == pytest.approx(wanted[0], rel=1e-6 if dtype == "float32" else 1e-13)
+
+
+@pytest.mark.skipif(not HAS_MXCSR, reason="subnormal numbers take an x86's time only")
+@pytest.mark.parametrize("size", [16, 1, 21])
+def test_moments_that_fade_away_end_at_zero(size):
+    """Rounded to nearest they would stay subnormal for ever, and every step wait for them."""
+    least = np.finfo(np.float32).smallest_normal
+    p, zero = np.ones(size, np.float32), np.zeros(size, np.float32)
+    m, v = np.full((2, size), least * 1.05, np.float32)
+    ops = CompiledOps(np, np.zeros(0, np.uint8), np.float32)
+    scalars = np.array([0.01, 1.0, 1.0, 1.0])
+    ops.adamw(p, m, v, None, zero, scalars, 0.9, 0.9, 1e-8, 0.0)
+    assert not m.any()
+    assert not v.any()
+    assert (p == 1).all()
+    assert (zero + least / 2 > 0).all()  # elsewhere subnormal numbers stay
 
 
 BAD = [np.nan, np.inf, -np.inf]
