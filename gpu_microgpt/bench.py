@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from . import bench_runs
+from .backend.numpy import PIN
 from .bench_jax import ONE_THREAD, JaxTrainee
 from .bench_ours import measure_training, measure_writing, timed
-from .bench_report import PIN, UNPINNED, machine, markdown, summary, told
+from .bench_report import UNPINNED, machine, markdown, summary, told
 from .bench_rows import ROWS, SCAN, Row, chosen_peers, chosen_rows
 from .bench_setting import Setting, Trainee, time_training
 from .bench_torch_cpu import TorchTrainee

@@ -12,19 +12,16 @@ import numpy as np
 
 from . import memory_plan
 from .backend import Backend
+from .bench_rows import STEADY
 from .config import Config
-from .data.corpus import FOLDER_VARIABLE, cache_folder, load_corpus
+from .data.corpus import FOLDER_VARIABLE, cache_folder, load_corpus, quiet
 from .data.dataset import Dataset, Split
 from .dims import Dims
 from .errors import BackendError
 from .params import initial_weights
 
 TEXT = 1_000_000  # tokens of a made-up text
-# a constant rate, the same for all engines, that nothing diverges at; room for many records
-SAME = (
-    "optimizer.lr=1e-4", "schedule.name=constant", "schedule.warmup_fraction=0",
-    "schedule.min_lr=0", "train.log_interval=100",
-)  # fmt: skip
+SAME = (*STEADY, "train.log_interval=100")  # for all engines: room for many records
 NAMES = (3, 9)  # letters of a made-up name, at least and below
 
 
@@ -95,8 +92,8 @@ class GpuSetting:
         folders = [cache_folder(), *map(Path, filter(None, [os.environ.get(FOLDER_VARIABLE)]))]
         if not any((folder / f"{data.source}.txt").exists() for folder in folders):
             return None
-        corpus = load_corpus(data, log=_quiet)
-        dataset = Dataset.build(self.config, corpus, log=_quiet)
+        corpus = load_corpus(data, log=quiet)
+        dataset = Dataset.build(self.config, corpus, log=quiet)
         return dataset.train if dataset.tokenizer.vocab_size == vocab_size else None
 
     def _weights(self) -> dict[str, np.ndarray[Any, Any]]:
@@ -133,7 +130,3 @@ def made_up(config: Config, vocab_size: int, rng: np.random.Generator) -> Split:
     flat = rng.integers(0, vocab_size - 1, int(sizes.sum()) + len(sizes) + 1).astype(np.uint16)
     flat[starts] = flat[-1] = vocab_size - 1
     return Split(config, flat, starts, np.minimum(sizes + 1, block_size))
-
-
-def _quiet(line: str) -> None:
-    """Say nothing."""

@@ -36,7 +36,7 @@ class JaxTrainee:
 
     def __init__(self, setting: Setting, scan: bool) -> None:
         """Take weights and batches. Raises UserError without JAX."""
-        jax = self._jax = import_jax()
+        jax = import_jax()
         block_size = setting.dims.block_size if setting.config.data.mode == "documents" else 0
         pairs = [padded(batch, block_size) for batch in setting.batches]
         self.positions = float(np.mean([tokens.size for tokens, _ in pairs]))

@@ -12,13 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .backend.numpy import PIN
 from .bench_rows import MEAN, Row
 from .bench_setting import Setting
 from .errors import UserError
 from .version import __version__
 
-PIN = "OPENBLAS_CORETYPE"  # holds OpenBLAS to a core's kernels, which may be lesser than the CPU's
-UNPINNED = "unpinned"  # ours without it
+UNPINNED = "unpinned"  # ours where OpenBLAS chooses its kernels by itself
 GREEDY = 16  # tokens of the likeliest text, to be the same for all engines
 NEAR = {False: 1e-4, True: 1e-2}  # how far losses may lie apart, relative: float32, bf16
 

@@ -29,8 +29,9 @@ FAST_NAMES = (
 # a constant rate that nothing diverges at: the subnormal numbers that follow slow products down
 STEADY = (
     "optimizer.lr=1e-4", "schedule.name=constant", "schedule.warmup_fraction=0",
-    "schedule.min_lr=0", "train.steps=1000000",
+    "schedule.min_lr=0",
 )  # fmt: skip
+ENDLESS = (*STEADY, "train.steps=1000000")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Row:
     def overrides(self) -> list[str]:
         """Settings beside the config's, the same for every engine."""
         same = ["backend=numpy", f"threads={self.threads}", f"train.log_interval={self.together}"]
-        return [*(STEADY if self.kind in ("train", "generate") else ()), *same, *self.differs]
+        return [*(ENDLESS if self.kind in ("train", "generate") else ()), *same, *self.differs]
 
     def measures(self, engine: str) -> bool:
         """Whether there is something to measure of a peer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -13,11 +13,10 @@ import numpy as np
 from .bench_rows import Row
 from .config import Config
 from .data.batch import Batch
-from .data.corpus import load_corpus
+from .data.corpus import load_corpus, quiet
 from .data.dataset import Dataset
 from .dims import Dims
-from .params import initial_weights
-from .rng import Stream, normal
+from .params import seeded_weights
 from .schedule import learning_rate
 
 BATCHES = 64  # that peers are given beforehand and take in turn
@@ -31,14 +30,11 @@ class Setting:
     def __init__(self, row: Row) -> None:
         """Read the corpus. Raises UserError for a row that cannot be."""
         self.row, self.config = row, Config.load(row.config, row.overrides())
-        quiet: Callable[[str], None] = lambda line: None  # noqa: E731
         self.corpus = load_corpus(self.config.data, log=quiet)
         self.dataset = Dataset.build(self.config, self.corpus, log=quiet)
         self.dims = Dims.of(self.config.model, self.dataset.tokenizer.vocab_size)
-        config = self.config
-        draws = config.model.init_std * normal(config.seed, Stream.INIT, self.dims.num_params)
-        self.weights = initial_weights(self.dims, draws, config.model.scale_residual_init)
-        self.steps = config.train.steps or 0  # rows count steps, not epochs
+        self.weights = seeded_weights(self.config, self.dims)
+        self.steps = self.config.train.steps or 0  # rows count steps, not epochs
 
     @cached_property
     def batches(self) -> list[Batch]:

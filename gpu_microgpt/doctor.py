@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .backend.numpy import INSTALL
+from .backend.numpy import INSTALL, PIN
 from .doctor_facts import (
-    PIN,
     Blas,
     Compiled,
     Cores,

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -18,10 +17,10 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from .backend import cupy
-from .backend.numpy import NumpyBackend
+from .backend.beside import usable_cores
+from .backend.numpy import PIN, NumpyBackend
 from .errors import BackendError, ConfigError
 
-PIN = "OPENBLAS_CORETYPE"  # makes OpenBLAS take one kind of core for another
 SIZE, REPEATS = 1536, 4  # of the product that is timed
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds it may use, of how many
 INSTRUCTIONS = {64: "AVX-512", 32: "AVX"}  # by bytes of a vector
@@ -44,7 +43,7 @@ class Blas:
 
     library: str  # with its version; empty: none was found
     core: str  # the kind of core it has its kernels for
-    pinned: str  # to that kind by OPENBLAS_CORETYPE; empty: it chose itself
+    pinned: str  # to that kind by PIN; empty: it chose itself
     one_thread: float  # GFLOP/s of a float32 product
     all_threads: float
 
@@ -64,7 +63,7 @@ class Compiled:
 
 def find_cores(threads: int) -> Cores:
     """`threads`: asked for; 0: the default."""
-    usable = NumpyBackend().threads
+    usable = usable_cores()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return Cores(os.cpu_count() or usable, usable, _quota(), threads or usable, load)
 
@@ -119,7 +118,7 @@ def find_compiled() -> Compiled | None:
     if find_spec("numba") is None:
         return None
     from .ops.cpu.code import HAS_FMA, VECTOR_BYTES
-    from .ops.cpu.compile import cache_folder
+    from .ops.cpu.compile import cache_folder, why_unwritable
 
     folder = cache_folder()
     instructions = INSTRUCTIONS.get(VECTOR_BYTES, "NEON" if HAS_FMA else "SSE2")
@@ -129,7 +128,7 @@ def find_compiled() -> Compiled | None:
         instructions="AVX2" if instructions == "AVX" and HAS_FMA else instructions,
         bf16=_no_bf16(),
         folder=str(folder),
-        unwritable=_unwritable(folder),
+        unwritable=why_unwritable(folder),
         kept=len(list(folder.rglob("*.nbc"))),
     )
 
@@ -140,15 +139,6 @@ def _no_bf16() -> str:
     except BackendError as failure:
         return str(failure)
     return ""
-
-
-def _unwritable(folder: Path) -> str:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return ""
-    except OSError as failure:
-        return failure.strerror or str(failure)
 
 
 def find_gpu() -> tuple[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,13 @@ import numpy as np
 from .backend import Backend, choose
 from .backend.numpy import NumpyBackend
 from .config import Config
-from .data.corpus import Corpus
+from .data.corpus import Corpus, quiet
 from .data.dataset import Dataset
 from .dims import Dims
 from .engine import Engine, make_engine
 from .model import GPT
-from .params import Weights, initial_weights
-from .rng import Stream, normal, uniform
+from .params import Weights, seeded_weights
+from .rng import Stream, uniform
 
 WORDS, SYLLABLES = 4_000, 5
 PATIENCE = 6.0  # seconds after the first log interval, from when on a trial ends early
@@ -146,13 +146,11 @@ def _kernels(backend: Backend) -> str:
 
 def _engine(config: Config, backend: Backend) -> tuple[Engine, Dims]:
     """The trial's model, about to begin."""
-    quiet: Callable[[str], None] = lambda line: None  # noqa: E731
     text = made_up_text()
     digest = hashlib.sha256(text.encode()).hexdigest()
     corpus = Corpus(text, "made-up", Path("made-up"), digest, "made-up")
     dataset = Dataset.build(config, corpus, log=quiet)
     dims = Dims.of(config.model, dataset.tokenizer.vocab_size)
-    draws = config.model.init_std * normal(config.seed, Stream.INIT, dims.num_params)
     model = GPT(Weights(dims, backend))
-    model.params.load(initial_weights(dims, draws, config.model.scale_residual_init), backend)
+    model.params.load(seeded_weights(config, dims), backend)
     return make_engine(model, config, backend, dataset.train, config.train.steps or 0), dims

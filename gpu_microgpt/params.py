@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from .backend import Backend
+from .config import Config
 from .dims import Dims
+from .rng import Stream, normal
 from .types import Array
 
 ALIGN = 64  # elements: every weight starts on a cache line and on a GPU memory transaction
@@ -131,3 +133,9 @@ def initial_weights(
         if scale_residual and name.endswith(("attn_wo", "mlp_fc2")):
             weights[name] = weights[name] / (2 * dims.n_layer) ** 0.5
     return weights
+
+
+def seeded_weights(config: Config, dims: Dims) -> dict[str, np.ndarray[Any, Any]]:
+    """What a run with these settings begins with."""
+    draws = config.model.init_std * normal(config.seed, Stream.INIT, dims.num_params)
+    return initial_weights(dims, draws, config.model.scale_residual_init)

@@ -12,8 +12,9 @@ import pytest
 
 from gpu_microgpt import bench as measuring
 from gpu_microgpt.backend import choose
+from gpu_microgpt.backend.numpy import PIN
 from gpu_microgpt.bench_ours import OurTrainee
-from gpu_microgpt.bench_report import PIN, UNPINNED
+from gpu_microgpt.bench_report import UNPINNED
 from gpu_microgpt.bench_rows import ROWS, chosen_peers, chosen_rows
 from gpu_microgpt.bench_setting import BATCHES, Setting, padded, time_training
 from gpu_microgpt.cli import main

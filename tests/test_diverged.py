@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from gpu_microgpt import cli, engine
+from gpu_microgpt.backend import numpy as numpy_backend
 from gpu_microgpt.checkpoint import newest
 from gpu_microgpt.data.dataset import Split
 from gpu_microgpt.host_step import HostEngine
@@ -151,6 +152,36 @@ def test_absurd_rate(
     state = newest(run / "checkpoints", no_warning)
     assert all(np.isfinite(array).all() for array in state.weights.values())
     assert all(math.isfinite(v) for row in rows(run) for v in row.values() if v is not None)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_in_the_middle_of_a_compiled_call(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """All steps are done before a figure is seen; said is the first that was not finite."""
+    pytest.importorskip("numba", reason="steps are done together where they are compiled")
+    draw, calls = Split.sequences, []
+
+    def sequences(self: Split, step: int, steps: int) -> Any:
+        calls.append(steps)
+        return draw(self, step, steps)
+
+    if threads > 1:
+        monkeypatch.setattr(numpy_backend, "SHARD_FLOPS", 0.0)  # so small a step, in two shards
+    monkeypatch.setattr(Split, "sequences", sequences)
+    rates = ["optimizer.lr=1e30", "schedule.name=constant", "schedule.warmup_fraction=0"]
+    args = [*rates, *QUIET, f"threads={threads}", "train.steps=100", "checkpoint.interval=0"]
+    said = []
+    for kernels, log_interval in (("reference", 1), ("compiled", 100)):
+        more = [f"kernels={kernels}", f"train.log_interval={log_interval}", f"run.name={kernels}"]
+        assert cli.main(["train", settings_file(tmp_path, *args, *more)]) == 2
+        said.append(one_line(capsys.readouterr().err))
+        assert not (settings(tmp_path, *more).run.path / "checkpoints").exists()
+    assert calls[-1] == 100
+    step = [int(re.findall(r"step (\d+): loss \S+, gradient norm ", line)[0]) for line in said]
+    assert 1 < step[0] == step[1] < 100
+    assert said[1].endswith("no checkpoint was saved yet")
 
 
 def test_going_on_as_the_message_says(tmp_path: Path) -> None:

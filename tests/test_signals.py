@@ -96,16 +96,16 @@ def test_in_the_middle_of_a_step(
     """Compiled steps are done two by two, as often as they are logged, and so is what stops."""
     if kernels == "auto":
         pytest.importorskip("numba")
-    original = Split.sequences
+    original, size = Split.draw, settings(tmp_path).train.batch_size
 
-    def sequences(self: Split, step: int, steps: int) -> Any:
-        if step <= 6 < step + steps:  # the seventh
+    def draw(self: Split, first: int, count: int) -> Any:
+        if first <= 6 * size < first + count:  # the seventh step's
             signal.raise_signal(signal.SIGTERM)
-        return original(self, step, steps)
+        return original(self, first, count)
 
     args = [f"kernels={kernels}"]
     with monkeypatch.context() as patch:
-        patch.setattr(Split, "sequences", sequences)
+        patch.setattr(Split, "draw", draw)
         assert cli.main(["train", settings_file(tmp_path, *args)]) == 143
     run = settings(tmp_path).run.path
     assert saved(run)[-1] == stopped

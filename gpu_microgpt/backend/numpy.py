@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..ops.cpu import CompiledOps
 
 DTYPES = {"auto": np.float32, "fp32": np.float32, "fp64": np.float64, "bf16": np.float32}
+PIN = "OPENBLAS_CORETYPE"  # makes OpenBLAS take one kind of core for another
 INSTALL = "pip install 'gpu-microgpt[fast]'"
 SHARD_FLOPS = 5e8  # a smaller step loses more to the threads' hand-over than it gains
 COMPILED_SHARD_FLOPS = 1e7  # the same where threads stay in compiled code from step to step
@@ -70,8 +71,8 @@ class NumpyBackend:
         """One line: NumPy, its BLAS and core type, precision, threads, and why."""
         blas = [lib for lib in self._controller.info() if lib["user_api"] == "blas"]
         names = {f"{b['internal_api']} {b.get('architecture', '')}".strip() for b in blas}
-        pinned = os.environ.get("OPENBLAS_CORETYPE")
-        note = f", OPENBLAS_CORETYPE={pinned} is set" if pinned else ""
+        pinned = os.environ.get(PIN)
+        note = f", {PIN}={pinned} is set" if pinned else ""
         kernels = "compiled" if self.compiled else "plain NumPy"
         precision = self.dtype.name
         if self._splits:

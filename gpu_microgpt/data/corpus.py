@@ -50,6 +50,10 @@ class Corpus:
     requested: str
 
 
+def quiet(line: str) -> None:
+    """A log that says nothing."""
+
+
 def load_corpus(data: DataConfig, *, log: Log) -> Corpus:
     """The text of `data.source`.
 

@@ -92,19 +92,16 @@ class Split:
         It takes the samples numbered (step * grad_accum + micro) * batch_size and on of an endless
         sequence: one shuffled epoch after the other, or independent draws.
         """
-        starts, lengths = self.sequences(step, 1)
-        return gather(self.flat, starts[0, micro], lengths[0, micro])
+        train = self.config.train
+        first = (step * train.grad_accum + micro) * train.batch_size
+        return gather(self.flat, *self._places(first, train.batch_size))
 
     def sequences(self, step: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """What the batches of so many steps from the 0-based one on are gathered of: starts and
         lengths, (steps, grad_accum, batch_size) int64 each, in the order `batch` takes them."""
         train = self.config.train
         shape = (steps, train.grad_accum, train.batch_size)
-        items = self.draw(step * prod(shape[1:]), prod(shape))
-        if self.windows and self.config.data.order == "random":
-            starts, lengths = items, np.full(len(items), self.config.model.block_size)
-        else:
-            starts, lengths = self.starts[items], self.lengths[items]
+        starts, lengths = self._places(step * prod(shape[1:]), prod(shape))
         return starts.reshape(shape), lengths.reshape(shape)
 
     def batches(self, limit: int = 0) -> Iterator[Batch]:
@@ -132,6 +129,13 @@ class Split:
             parts.append(self._cached[1][offset : offset + count])
             first, count = first + len(parts[-1]), count - len(parts[-1])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _places(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and lengths of what `draw` gives; (count,) int64 each."""
+        items = self.draw(first, count)
+        if self.windows and self.config.data.order == "random":
+            return items, np.full(count, self.config.model.block_size)
+        return self.starts[items], self.lengths[items]
 
     def _gather(self, items: np.ndarray) -> Batch:
         return gather(self.flat, self.starts[items], self.lengths[items])

@@ -132,7 +132,7 @@ def test_only_linux_is_asked(monkeypatch):
 @every_unit
 def test_memory_is_planned(here, unit):
     """Every product and attention fits the workspace, which it may fill."""
-    from gpu_microgpt.ops.cpu.attention_narrow import attention_scratch
+    from gpu_microgpt.ops.cpu import AmxOps
     from gpu_microgpt.ops.cpu.bf16_linear import bf16_scratch
 
     here(unit)
@@ -140,5 +140,5 @@ def test_memory_is_planned(here, unit):
     for c, v, t in ((4, 3, 8), (20, 1000, 8), (128, 66, 8), (16, 3, 300)):
         planned = backend.workspace_bytes(Dims(1, 1, c, t, v), 2 * t)
         wanted = [bf16_scratch(*w, 4) for w in ((3 * c, c), (4 * c, c), (c, 4 * c), (v, c))]
-        for shapes in (*wanted, attention_scratch(2 * t, c, 1, t)):
+        for shapes in (*wanted, AmxOps.attention_scratch(c, 1, t)):
             assert sum(array_bytes(shape, 4) for shape in shapes) <= planned

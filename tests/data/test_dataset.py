@@ -11,6 +11,7 @@ import pytest
 
 from gpu_microgpt.config import Config, DataConfig
 from gpu_microgpt.data import Corpus, Dataset, load_corpus
+from gpu_microgpt.data.dataset import Split
 from gpu_microgpt.errors import DataError
 
 WORDS = ["ab", "c", "abcabc", "bca", "cc", "a", "bbbb", "acb", "ba", "cab", "bb"]
@@ -159,6 +160,22 @@ def test_micro_batches_are_the_large_batch_cut_up():
     for step in range(4):
         parts = [pieces(small, small.train.batch(step, micro)) for micro in range(3)]
         assert sorted(sum(parts, [])) == sorted(pieces(large, large.train.batch(step)))  # noqa: RUF017
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch):
+    """Also where a step's micro-batches lie on both sides of an epoch's end."""
+    shuffle, shuffled = Split._period, []
+
+    def period(self, number, size):
+        shuffled.append(number)
+        return shuffle(self, number, size)
+
+    monkeypatch.setattr(Split, "_period", period)
+    split = build(settings(batch_size=3, train__grad_accum=4), "\n".join(WORDS)).train
+    for step in range(4):  # 48 of 11 words
+        for micro in range(4):
+            split.batch(step, micro)
+    assert shuffled == [0, 1, 2, 3, 4]
 
 
 # --- stream

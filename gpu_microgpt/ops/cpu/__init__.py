@@ -7,12 +7,13 @@ With `AmxOps` and `DotOps` operands of products are rounded to bfloat16 first; a
 
 from __future__ import annotations
 
-from ...arena import array_bytes
+from ...arena import Shape, array_bytes
 from ...dims import Dims
-from . import attention_narrow
 from .adamw import adamw, clip_scale, global_norm
 from .amx import AMX_UNIT, bf16_unit
 from .attention import attention, attention_backward, attention_scratch
+from .attention_bf16 import fits
+from .attention_bf16_backward import bf16_attention_scratch
 from .attention_decode import attention_decode, cache_kv, decode_scratch
 from .bf16_linear import bf16_scratch
 from .cross_entropy import add_losses, cross_entropy, cross_entropy_backward
@@ -95,22 +96,29 @@ class SplitOps(CompiledOps):
     linear_scratch = staticmethod(split_scratch)
 
 
-class NarrowOps(CompiledOps):
+class Bf16Ops(CompiledOps):
     """The same with operands of products rounded to bfloat16; made as one of the following."""
 
     linear_scratch = staticmethod(bf16_scratch)
-    attention = attention_narrow.attention
-    attention_backward = attention_narrow.attention_backward
-    attention_scratch = staticmethod(attention_narrow.attention_scratch)
+
+    def attention_unit(self, channels: int, n_head: int) -> int:
+        """The same as of all products where heads are whole vectors."""
+        return self.unit if fits(channels, n_head) else FULL
+
+    @staticmethod
+    def attention_scratch(channels: int, n_head: int, longest: int) -> tuple[Shape, ...]:
+        """By the same rule."""
+        scratch = bf16_attention_scratch if fits(channels, n_head) else attention_scratch
+        return scratch(channels, n_head, longest)
 
 
-class AmxOps(NarrowOps):
+class AmxOps(Bf16Ops):
     """Multiplied by AMX."""
 
     unit = AMX
 
 
-class DotOps(NarrowOps):
+class DotOps(Bf16Ops):
     """Multiplied by AVX512_BF16."""
 
     unit = DOTS
@@ -125,7 +133,7 @@ def workspace_bytes(
         sum(array_bytes(shape, itemsize) for shape in shapes)
         for shapes in (
             kind.linear_scratch(max(4 * c, v), 4 * c, itemsize),
-            kind.attention_scratch(rows, c, dims.n_head, t),
+            kind.attention_scratch(c, dims.n_head, min(rows, t)),
             decode_scratch(t),
             sample_scratch(v),
         )

@@ -27,16 +27,8 @@ from ...types import Array
 from .attention_short import attend_short, attend_short_backward, is_short, short_scratch
 from .code import VECTOR_BYTES
 from .compile import compiled
-from .instructions import ATTENTION, ATTENTION_BACKWARD, FULL, Instructions
-from .tile import (
-    ADD,
-    STORE,
-    TWO,
-    pack_strip,
-    pack_strip_transposed,
-    product,
-    tile_1,
-)
+from .instructions import ATTENTION, ATTENTION_BACKWARD, Instructions
+from .tile import ADD, STORE, TWO, pack_strip, pack_strip_transposed, product, tile_1
 from .vector import at, fma, keep_from, lanes, load, splat, store, vexp, vlog, vmax
 
 QUERIES = 48  # of a tile: whole vectors of any width, and whole tiles of registers
@@ -51,9 +43,10 @@ def attention(
     lse_i = log(sum_j exp(scale q_i k_j)), so that p_ij = exp(scale q_i k_j - lse_i).
     """
     channels, size = y.shape[1], len(layout.offsets) - 1
-    (scratch,) = self.scratch(y.dtype, *_scratch(channels, n_head, layout.longest))
-    sizes = (channels, n_head)
-    self.do(ATTENTION, len(y), y, lse, qkv, layout.offsets, *sizes, scratch, FULL, sequences=size)
+    (scratch,) = self.scratch(y.dtype, *self.attention_scratch(channels, n_head, layout.longest))
+    arrays, sizes = (y, lse, qkv, layout.offsets), (channels, n_head)
+    unit = self.attention_unit(channels, n_head)
+    self.do(ATTENTION, len(y), *arrays, *sizes, scratch, unit, sequences=size)
 
 
 def attention_backward(
@@ -63,22 +56,19 @@ def attention_backward(
     """dv = p^T dy; dp = dy v^T; ds = p (dp - sum(p dp)); dq = scale ds k; dk = scale ds^T q.
 
     y_i = sum_j p_ij v_j gives dv and dp; ds is the softmax's own backward; s_ij = scale q_i k_j
-    gives dq and dk. y is read for short sequences only: its product with dy is that sum, else got
-    while p is here.
+    gives dq and dk. In full precision y is read for short sequences only: its product with dy is
+    that sum, else got while p is here.
     """
     channels, size = dy.shape[1], len(layout.offsets) - 1
-    (scratch,) = self.scratch(dy.dtype, *_scratch(channels, n_head, layout.longest))
+    (scratch,) = self.scratch(dy.dtype, *self.attention_scratch(channels, n_head, layout.longest))
     arrays, sizes = (dqkv, dy, lse, qkv, layout.offsets), (channels, n_head)
-    self.do(ATTENTION_BACKWARD, len(dy), *arrays, *sizes, scratch, FULL, y, sequences=size)
+    unit = self.attention_unit(channels, n_head)
+    self.do(ATTENTION_BACKWARD, len(dy), *arrays, *sizes, scratch, unit, y, sequences=size)
 
 
-def attention_scratch(rows: int, channels: int, n_head: int, block_size: int) -> tuple[Shape, ...]:
-    """Scratch shapes at most wanted here."""
-    return _scratch(channels, n_head, min(rows, block_size))
-
-
-def _scratch(channels: int, n_head: int, longest: int) -> tuple[Shape, ...]:
-    """q^T, dy^T, lse^T, a number a query, p^T and ds^T; rows of a head in whole vectors."""
+def attention_scratch(channels: int, n_head: int, longest: int) -> tuple[Shape, ...]:
+    """Scratch shapes for sequences up to `longest`: q^T, dy^T, lse^T, a number a query, p^T and
+    ds^T; rows of a head in whole vectors."""
     width = -(-channels // n_head // LANES) * LANES
     tiles = (2 * channels + n_head + 1 + 2 * longest) * QUERIES + max(longest, QUERIES) * width
     return ((max(tiles, short_scratch(longest)),),)

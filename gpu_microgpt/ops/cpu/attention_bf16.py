@@ -47,9 +47,15 @@ from .vector import (
 LANES = 16
 
 
+def fits(channels: int, n_head: int) -> bool:
+    """Whether heads are whole vectors."""
+    return channels % n_head == 0 and channels // n_head % LANES == 0
+
+
 @compiled
 def attend(unit, y, lse, qkv, offsets, sequences, channels, n_head, scratch):
-    """Forward for all sequences: addresses, offsets (S + 1,), scratch as `bf16_scratch`."""
+    """Forward for all sequences: addresses, offsets (S + 1,), scratch as attention_bf16_backward.py
+    plans it for both passes."""
     units_open(unit, scratch)
     for sequence in range(sequences):
         row, rows = int(offsets[sequence]), int(offsets[sequence + 1] - offsets[sequence])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ...arena import Shape
 from .attention_bf16 import LANES, turn_back
 from .bf16 import (
     SIDE,
@@ -23,6 +24,14 @@ from .vector import at, fma, keep_from, load, splat, store, vexp, vsum
 
 CHUNK = 256  # queries
 KEPT = CHUNK // 2 + 16  # words in a row of them: rows a power of two apart share cache lines
+
+
+def bf16_attention_scratch(channels: int, n_head: int, longest: int) -> tuple[Shape, ...]:
+    """Scratch shapes at most wanted here, in this order; the forward pass needs less."""
+    up, deep = (-(-n // SIDE) * SIDE for n in (longest, channels // n_head))
+    kept = up * deep + deep * up // 2 + deep * CHUNK + 2 * up * KEPT
+    tile = SIDE * deep + 2 * up * SIDE + up // 2 * SIDE + deep * SIDE + 2 * SIDE
+    return ((STAGE + kept + tile,),)
 
 
 @compiled

@@ -111,11 +111,17 @@ def _digest() -> str:
 def _usable_folder() -> str:
     """The cache folder, made if need be; empty, and said once, where it cannot be written."""
     folder = cache_folder()
+    if why := why_unwritable(folder):
+        warn(f"cannot write {folder} ({why}): kernels are compiled anew at every start")
+        return ""
+    return str(folder)
+
+
+def why_unwritable(folder: Path) -> str:
+    """Make the folder if need be, and try to write there; empty: that works."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return str(folder)
+            return ""
     except OSError as error:
-        why = error.strerror or error
-        warn(f"cannot write {folder} ({why}): kernels are compiled anew at every start")
-        return ""
+        return error.strerror or str(error)

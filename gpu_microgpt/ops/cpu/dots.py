@@ -18,21 +18,19 @@ from llvmlite import ir
 
 from .code import I64, Code, places, word
 from .compile import compiled
-from .tile import ADD, KEEP, RELU
+from .tile import ADD, KEEP, RELU, MultiplyAdd
 from .vector import at, keep, lanes, load_some, merged, store_some, vmax
 
-Step = Callable[[Code, ir.Value, ir.Value, ir.Value], ir.Value]
 
-
-def dots_word(step: Step) -> Any:
-    """The word for the dot products of one row with many; `step` adds a vector's products."""
+def dots_word(multiply_add: MultiplyAdd) -> Any:
+    """The word for the dot products of one row with many."""
 
     @word(places("v", "aaiii"))
     def dots(
         code: Code, a: ir.Value, bt: ir.Value, ldb: ir.Value, n: ir.Value, k: ir.Value
     ) -> ir.Value:
         """Lane j: a (k,) times row j of bt, for j < n; rows past the last repeat it."""
-        return _dots(code, [a], bt, ldb, n, k, step)
+        return _dots(code, [a], bt, ldb, n, k, multiply_add)
 
     return dots
 
@@ -53,16 +51,18 @@ def _starts(code: Code, a: ir.Value, lda: ir.Value, n: ir.Value) -> list[ir.Valu
 
 
 def _dots(
-    code: Code, a: list[ir.Value], bt: ir.Value, ldb: ir.Value, n: ir.Value, k: ir.Value, add: Step
-) -> ir.Value:
+    code: Code, a: list[ir.Value], bt: ir.Value, ldb: ir.Value, n: ir.Value, k: ir.Value,
+    multiply_add: MultiplyAdd,
+) -> ir.Value:  # fmt: skip
     """The dot products of rows of bt with one row, a[0], or each with its own."""
     build = code.builder
     rows = _starts(code, bt, ldb, n)
 
-    def terms(load: Callable[[ir.Value], ir.Value], sums: list[ir.Value]) -> list[ir.Value]:
+    def added(load: Callable[[ir.Value], ir.Value], sums: list[ir.Value]) -> list[ir.Value]:
         left = [load(start) for start in a]
         left *= len(rows) // len(a)
-        return [add(code, x, load(row), s) for x, row, s in zip(left, rows, sums, strict=True)]
+        terms = zip(left, rows, sums, strict=True)
+        return [multiply_add(code, x, load(row), s) for x, row, s in terms]
 
     names = ("dot", "dot_step", "dot_end", "dot_rest", "dotted")
     head, step, end, rest, done = (build.append_basic_block(name) for name in names)
@@ -75,7 +75,7 @@ def _dots(
     build.cbranch(build.icmp_signed("<", at_l, whole), step, end)
 
     build.position_at_end(step)
-    new = terms(lambda row: code.load(row, at_l), sums)
+    new = added(lambda row: code.load(row, at_l), sums)
     at_l.add_incoming(I64(0), before)
     at_l.add_incoming(build.add(at_l, I64(code.lanes)), step)
     for s, value in zip(sums, new, strict=True):
@@ -87,7 +87,7 @@ def _dots(
     build.cbranch(build.icmp_signed("<", whole, k), rest, done)
     build.position_at_end(rest)
     mask = code.below(build.sub(k, whole))
-    with_rest = terms(lambda row: code.load_masked(row, whole, mask, zero), sums)
+    with_rest = added(lambda row: code.load_masked(row, whole, mask, zero), sums)
     build.branch(done)
 
     build.position_at_end(done)

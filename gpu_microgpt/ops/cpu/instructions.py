@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,20 @@ from ..reference.context import Context
 
 WIDTH = 16  # numbers of an instruction: which operation, and up to 15 of its own
 
-NAMES = (
-    "embedding", "embedding backward", "rmsnorm", "embedding rmsnorm", "add rmsnorm",
-    "rmsnorm backward", "linear", "linear backward", "relu", "relu backward", "attention",
-    "attention backward", "cache kv", "attention decode", "softmax", "softmax backward",
-    "cross-entropy", "cross-entropy backward", "add losses", "global norm", "clip scale", "adamw",
-    "sample",
-)  # fmt: skip
+# First those by rows, then products and attention, then the rest: play.py tells them apart by this.
+# What each takes, in order, by letters: an array of the floats' dtype f, of int32 i, of float64 d;
+# an integer n, a float64 x
+TAKES = {
+    "embedding": "fffiin", "embedding backward": "fffiinnnn", "rmsnorm": "fffn",
+    "embedding rmsnorm": "ffffiin", "add rmsnorm": "fffffn", "rmsnorm backward": "ffffnn",
+    "linear": "fffffnnnnn", "linear backward": "fffffffnnnnn", "relu": "ffn",
+    "relu backward": "fffn", "attention": "fffinnfn", "attention backward": "ffffinnfnf",
+    "cache kv": "fffiinnn", "attention decode": "ffffifnnn", "softmax": "ffn",
+    "softmax backward": "fffn", "cross-entropy": "ffin", "cross-entropy backward": "fffidn",
+    "add losses": "fd", "global norm": "fdn", "clip scale": "ddx", "adamw": "ffffdxxxxn",
+    "sample": "fidixnxn",
+}  # fmt: skip
+NAMES = tuple(TAKES)
 (
     EMBEDDING, EMBEDDING_BACKWARD, RMSNORM, EMBEDDING_RMSNORM, ADD_RMSNORM, RMSNORM_BACKWARD,
     MULTIPLY, GRADIENTS, RELU, RELU_BACKWARD, ATTENTION, ATTENTION_BACKWARD, CACHE_KV,
@@ -66,16 +74,20 @@ class Instructions(Context):
 
     unit: int  # FULL, DOTS, AMX or SPLIT
     linear_scratch: Callable[[int, int, int], tuple[Shape, ...]]
-    attention_scratch: Callable[[int, int, int, int], tuple[Shape, ...]]
+    attention_scratch: Callable[[int, int, int], tuple[Shape, ...]]
     _play: Callable[..., None]  # play.play, which knows what every instruction does
 
     def __init__(self, xp: Any, workspace: Array, dtype: Any) -> None:
         """As a Context, for floats of this dtype."""
         super().__init__(xp, workspace)
         self._like = np.empty(0, dtype)
-        self._known = {self._like.dtype, np.dtype("f8"), np.dtype("i4")}
+        self._dtypes = {"f": self._like.dtype, "i": np.dtype("i4"), "d": np.dtype("f8")}
         self._program: Program | None = None
         self._row = np.zeros((1, WIDTH), np.int64)
+
+    def attention_unit(self, channels: int, n_head: int) -> int:
+        """What multiplies in attention with such heads."""
+        return FULL
 
     @contextmanager
     def recording(self) -> Iterator[Program]:
@@ -89,10 +101,12 @@ class Instructions(Context):
     def do(self, operation: int, rows: int, *numbers: Array | float, sequences: int = 0) -> None:
         """Do an operation over so many rows and sequences, or record it for any number of them.
 
-        numbers: what the operation takes, in the order `play` has them. Raises ValueError for an
-        array that is none of this dtype, float64 or int32, or has gaps.
+        numbers: what it takes. Raises ValueError for an array of another dtype or with gaps, and
+        for too few or too many of them; TypeError for what is no such number.
         """
-        row = [operation, *map(self._number, numbers)]
+        name = NAMES[operation]
+        taken = zip(TAKES[name], numbers, strict=True)
+        row = [operation, *(self._number(name, letter, x) for letter, x in taken)]
         if self._program is not None:
             self._program.rows.append(row)
             self._program.arrays += numbers
@@ -100,15 +114,17 @@ class Instructions(Context):
         self._row[0, : len(row)] = row
         self._play(self._like, self._row, rows, sequences)
 
-    def _number(self, x: Array | float) -> int:
-        """An address, an integer, or the bits of a float64."""
-        if isinstance(x, np.ndarray):
-            if not x.flags.c_contiguous or x.dtype not in self._known:
-                raise ValueError(
-                    f"compiled operations: got {x.dtype} {x.shape}, strides {x.strides}; wanted "
-                    f"{self._like.dtype} (ids int32), contiguous"
-                )
-            return int(x.__array_interface__["data"][0])
-        if isinstance(x, float):
+    def _number(self, name: str, letter: str, x: Any) -> int:
+        """An array's address, an integer, or the bits of a float64."""
+        if letter == "n":
+            return index(x)
+        if letter == "x":
             return int(struct.unpack("q", struct.pack("d", x))[0])
-        return int(x)
+        wanted = self._dtypes[letter]
+        if not isinstance(x, np.ndarray):
+            raise TypeError(f"{name}: got {type(x).__name__}, wanted an array of {wanted}")
+        if not x.flags.c_contiguous or x.dtype != wanted:
+            raise ValueError(
+                f"{name}: got {x.dtype} {x.shape}, strides {x.strides}; wanted {wanted}, contiguous"
+            )
+        return int(x.__array_interface__["data"][0])

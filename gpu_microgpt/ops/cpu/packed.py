@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...types import Array
-from .bf16 import SIDE, STAGE, words
+from .bf16 import STAGE, packed_words
 from .bf16_linear import pack_weights
 from .compile import compiled
 from .instructions import AMX, DOTS, MULTIPLY, Program
@@ -33,7 +33,7 @@ class PackedWeights:
         for row in program.rows:
             if row[0] == MULTIPLY and row[UNIT] in (DOTS, AMX):
                 outputs, inputs = row[OUTPUTS], row[INPUTS]
-                packed = zeros((-(-outputs // SIDE) * SIDE * words(inputs),), program.like.dtype)
+                packed = zeros((packed_words(inputs, outputs),), program.like.dtype)
                 program.arrays.append(packed)
                 address = packed.ctypes.data
                 table.append((row[WEIGHTS], address, outputs, inputs, row[UNIT]))

@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ...rng import Stream, uniform
 from ...types import Array
-from ..reference.sample import GREEDY
+from ..reference.sample import GREEDY, draws
 from .compile import compiled
 from .instructions import SAMPLE, Instructions
 from .rows import largest_of, sum_of
@@ -165,9 +164,8 @@ def sample_philox(
     temperature: float, top_k: int, top_p: float,
 ) -> None:  # fmt: skip
     """The same at the draws of the texts with these numbers, for these positions in them."""
-    places = zip(positions.tolist(), numbers.tolist(), strict=True)
-    draws = np.array([uniform(seed, Stream.SAMPLE, place, number) for place, number in places])
-    sample(self, tokens, logits, draws, temperature, top_k, top_p)
+    uniforms = draws(seed, numbers, positions)
+    sample(self, tokens, logits, uniforms, temperature, top_k, top_p)
 
 
 def sample_scratch(vocab: int) -> tuple[tuple[int, ...], ...]:

@@ -36,26 +36,17 @@ from llvmlite import ir
 
 from .code import I64, REGISTERS, Code, places, word
 from .compile import compiled
-from .vector import (
-    at,
-    lanes,
-    load,
-    load_some,
-    store,
-    transpose,
-    transpose_some,
-)
+from .vector import at, lanes, load, load_some, store, transpose, transpose_some
 
 STORE, ADD, RELU, KEEP = range(4)
 STRIP = 4 if REGISTERS == 32 else 2  # vectors of a strip of b
 
+# (code, a, b, a sum) -> the sum with their product in it
+MultiplyAdd = Callable[[Code, ir.Value, ir.Value, ir.Value], ir.Value]
 
-Step = Callable[[Code, ir.Value, ir.Value, ir.Value], ir.Value]
 
-
-def tile_word(rows: int, vectors: int, add: Step = Code.fma) -> Any:
-    """The word for a tile of rows x vectors: m and n say how much of it there is. `add` makes of a,
-    b and a sum the sum with their product in it."""
+def tile_word(rows: int, vectors: int, multiply_add: MultiplyAdd = Code.fma) -> Any:
+    """The word for a tile of rows x vectors: m and n say how much of it there is."""
 
     @word(places("-", "iiiiaiiaiaiai"))
     def tile(
@@ -70,7 +61,7 @@ def tile_word(rows: int, vectors: int, add: Step = Code.fma) -> Any:
             there = build.icmp_signed("<", I64(i), last)
             row = build.select(there, I64(i), last)
             starts.append(code.at(a, build.mul(row, as0)))
-        sums = _sums(code, starts, as1, b, ldb, k, vectors, add)
+        sums = _sums(code, starts, as1, b, ldb, k, vectors, multiply_add)
         wide = build.icmp_signed(">=", n, I64(vectors * code.lanes))
         ends = [[code.at(x, build.mul(ld, I64(i))) for i in range(rows)]
                 for x, ld in ((c, ldc), (r, ldr))]  # fmt: skip
@@ -89,7 +80,7 @@ Sums = list[list[ir.Value]]
 
 def _sums(
     code: Code, starts: list[ir.Value], as1: ir.Value, b: ir.Value, ldb: ir.Value, k: ir.Value,
-    vectors: int, add: Step,
+    vectors: int, multiply_add: MultiplyAdd,
 ) -> Sums:  # fmt: skip
     """The loop over l: sums[i][j] += a[i, l] b[l, j]."""
     build = code.builder
@@ -102,7 +93,7 @@ def _sums(
     new = []
     for start, row in zip(starts, sums, strict=True):
         x = code.splat(build.load(code.at(start, to_a), typ=code.scalar))
-        new.append([add(code, x, p, s) for p, s in zip(panel, row, strict=True)])
+        new.append([multiply_add(code, x, p, s) for p, s in zip(panel, row, strict=True)])
     for phi, by in ((step, I64(1)), (to_a, as1), (to_b, ldb)):
         phi.add_incoming(I64(0), before)
         phi.add_incoming(build.add(phi, by), loop)

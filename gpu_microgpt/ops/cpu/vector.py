@@ -15,6 +15,7 @@ becomes one of the vector's. All is generic over the dtype: it comes from the pl
 | `load(a, i)`, `store(c, i, v)` | a[i:i + lanes], no alignment wanted, no bounds checked |
 | `load_some(a, i, n, x)` | the same for the first n lanes (n <= 0: none), x in the rest |
 | `store_some(c, i, v, n)` | store the first n lanes; what lies behind them is not touched |
+| `prefetch(a, i)` | ask for the cache line of a[i], at any address |
 | `splat(a, x)` | x in all lanes; a is a place or a vector |
 | `u + v`, `- * /`, `-v` | by lanes; either side may be a scalar |
 | `fma(u, v, w)` | u * v + w, rounded once; scalars too, but not all three |
@@ -26,6 +27,7 @@ becomes one of the vector's. All is generic over the dtype: it comes from the pl
 | `keep_from(v, n, x)` | lanes >= n of v, x in the rest |
 | `vsqrt(v)` | by lanes |
 | `vexp(v)`, `vlog(v)`, `quotient(u, v)` | by lanes, with errors: see vector_functions.py |
+| `group_sum(v, d)`, `spread(v, d)`, `gathered(v, d)` | of groups of d lanes: see vector_groups.py |
 | `transpose(a, i, lda, c, j, ldc)` | a block of lanes x lanes; row r of a at a[i + r lda] |
 | `transpose_some(a, i, lda, rows, columns, c, j, ldc)` | its corner: `columns` rows of c, with 0 \
 after the first `rows` lanes |

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ...rng import Stream, uniform
@@ -39,9 +41,14 @@ def sample_philox(
     temperature: float, top_k: int, top_p: float,
 ) -> None:  # fmt: skip
     """The same at the draws of the texts with these numbers, for these positions in them."""
+    uniforms = self.xp.asarray(draws(seed, numbers, positions))
+    sample(self, tokens, logits, uniforms, temperature, top_k, top_p)
+
+
+def draws(seed: int, numbers: Array, positions: Array) -> np.ndarray[Any, Any]:
+    """Uniforms (S,) of the texts with these numbers, for these positions in them."""
     places = zip(positions.tolist(), numbers.tolist(), strict=True)
-    draws = np.array([uniform(seed, Stream.SAMPLE, at, number) for at, number in places])
-    sample(self, tokens, logits, self.xp.asarray(draws), temperature, top_k, top_p)
+    return np.array([uniform(seed, Stream.SAMPLE, at, number) for at, number in places])
 
 
 def _keep_likely(self: Context, weights: Array, top_k: int, top_p: float) -> None:

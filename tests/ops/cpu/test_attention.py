@@ -61,7 +61,7 @@ def assert_same(got, expected):
 def test_it_is_the_references_and_stays_inside(dtype, lengths, heads, width):
     dy, qkv, layout = inputs(dtype, lengths, heads, width)
     rows, channels = dy.shape
-    ops = at_the_edge(dtype, attention_scratch(rows, channels, heads, max(lengths)))
+    ops = at_the_edge(dtype, attention_scratch(channels, heads, max(lengths)))
     backend = NumpyBackend(NAMES[dtype])
     dims = Dims(1, heads, channels, max(lengths), 3)
     reference = backend.ops(np.empty(backend.workspace_bytes(dims, rows), np.uint8))
@@ -77,7 +77,7 @@ def test_it_is_the_references_and_stays_inside(dtype, lengths, heads, width):
 def test_a_sequence_does_not_depend_on_its_neighbours(dtype):
     lengths, heads, width = [5, 16, 50, 3], 2, 3
     dy, qkv, layout = inputs(dtype, lengths, heads, width)
-    ops = at_the_edge(dtype, attention_scratch(*dy.shape, heads, max(lengths)))
+    ops = at_the_edge(dtype, attention_scratch(dy.shape[1], heads, max(lengths)))
     whole = both_ways(ops, dy, qkv, layout, heads)
     for sequence, length in enumerate(lengths):
         rows = slice(layout.offsets[sequence], layout.offsets[sequence + 1])

@@ -19,7 +19,6 @@ if missing():
 
 from gpu_microgpt.ops import cpu
 from gpu_microgpt.ops.cpu.attention_bf16_backward import CHUNK
-from gpu_microgpt.ops.cpu.attention_narrow import attention_scratch
 
 # lengths, heads, channels of a head
 CASES = [
@@ -30,9 +29,9 @@ cases = pytest.mark.parametrize(("lengths", "heads", "width"), CASES)
 KINDS = {"AMX": cpu.AmxOps, "AVX512_BF16": cpu.DotOps}
 
 
-def operations(unit, rows, channels, heads, longest):
+def operations(unit, channels, heads, longest):
     """Their workspace ends with the scratch that is planned, and memory with it."""
-    shapes = attention_scratch(rows, channels, heads, longest)
+    shapes = KINDS[unit].attention_scratch(channels, heads, longest)
     size = sum(array_bytes(shape, 4) for shape in shapes)
     return KINDS[unit](np, up_to_the_edge(np.full(size, 0xFF, np.uint8)), np.float32)
 
@@ -69,7 +68,7 @@ def reference(dy, qkv, layout, heads, longest):
 @cases
 def test_it_is_the_references_to_its_rounding(unit, lengths, heads, width):
     dy, qkv, layout = inputs(lengths, heads, width)
-    ops = operations(unit, *dy.shape, heads, max(lengths))
+    ops = operations(unit, dy.shape[1], heads, max(lengths))
     wanted = reference(dy, qkv, layout, heads, max(lengths))
     got, again = (both_ways(ops, dy, qkv, layout, heads) for _ in range(2))
     tolerances = (2**-8, 2**-18, 2**-7)  # of the largest: p is rounded; lse is not; p and ds are
@@ -84,7 +83,7 @@ def test_it_rounds(unit):
     """Else the test above says nothing of bfloat16."""
     rows, heads, layout = 40, 1, Layout.of(np.array([40]))
     dy, qkv = normal("float32", rows, 32), normal("float32", rows, 96)
-    ops = operations(unit, rows, 32, heads, rows)
+    ops = operations(unit, 32, heads, rows)
     y, lse, dqkv = both_ways(ops, dy, qkv, layout, heads)
     for one, of_rounded, exact in zip(
         (y, lse, dqkv), reference(rounded(dy), rounded(qkv), layout, heads, rows),
@@ -98,7 +97,7 @@ def test_it_rounds(unit):
 def test_a_sequence_does_not_depend_on_its_neighbours(unit):
     lengths, heads, width = [5, 16, 50, 3], 2, 16
     dy, qkv, layout = inputs(lengths, heads, width)
-    ops = operations(unit, *dy.shape, heads, max(lengths))
+    ops = operations(unit, dy.shape[1], heads, max(lengths))
     whole = both_ways(ops, dy, qkv, layout, heads)
     start = 0
     for length in lengths:
@@ -113,7 +112,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours(unit):
 def test_no_key_after_the_query_is_seen(unit):
     """Nothing changes before a row that is replaced, forward; nor after it, of its own k and v."""
     dy, qkv, layout = inputs([100], 1, 32)
-    ops = operations(unit, 100, 32, 1, 100)
+    ops = operations(unit, 32, 1, 100)
     before, lse, _ = both_ways(ops, dy, qkv, layout, 1)
     qkv[57] *= -3
     after, lse_after, dqkv = both_ways(ops, dy, qkv, layout, 1)
@@ -130,7 +129,7 @@ def test_no_key_after_the_query_is_seen(unit):
 @every_unit
 def test_nan_is_not_hidden(unit):
     dy, qkv, layout = inputs([40, 20], 1, 32)
-    ops = operations(unit, 60, 32, 1, 40)
+    ops = operations(unit, 32, 1, 40)
     qkv[50, 3] = np.nan
     y, _, dqkv = both_ways(ops, dy, qkv, layout, 1)
     assert np.isnan(y[50]).all()
@@ -143,7 +142,7 @@ def test_nan_is_not_hidden(unit):
 def test_heads_of_other_sizes_are_float32s(unit):
     rows, heads, layout = 20, 2, Layout.of(np.array([20]))
     dy, qkv = normal("float32", rows, 24), normal("float32", rows, 72)
-    ops = operations(unit, rows, 24, heads, rows)
+    ops = operations(unit, 24, heads, rows)
     planned = cpu.workspace_bytes(Dims(1, 2, 24, 20, 3), 20, 4)
     plain = cpu.CompiledOps(np, np.empty(planned, "u1"), np.float32)
     for one, other in zip(

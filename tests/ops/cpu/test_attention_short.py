@@ -29,7 +29,7 @@ def heads_of(dtype, width, vectors=1):
 
 
 def operations(dtype, dy, heads, lengths):
-    return at_the_edge(dtype, attention_scratch(*dy.shape, heads, max(lengths)))
+    return at_the_edge(dtype, attention_scratch(dy.shape[1], heads, max(lengths)))
 
 
 def short(dtype, rows, heads, width):

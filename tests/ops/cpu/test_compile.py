@@ -49,6 +49,13 @@ def test_a_second_start_loads_what_the_first_compiled(tmp_path):
     assert set(Path(module.__file__).parent.rglob("*.nb*")) == package == set()
 
 
+def test_why_a_folder_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert module.why_unwritable(tmp_path / "file" / "below") == "Not a directory"
+    assert module.why_unwritable(tmp_path / "new") == ""
+    assert (tmp_path / "new").is_dir()
+
+
 def test_an_unwritable_folder_is_said_and_done_without(tmp_path):
     (tmp_path / "gpu_microgpt").write_text("a file where the folder should be")
     result = started(tmp_path)
