@@ -97,7 +97,7 @@ ROWS: dict[str, Row] = {
     "generation": Row("generate", "writing text, Shakespeare 836k, one at a time", "shakespeare",
                       unit="tokens/s"),
     "time-to-loss": Row("loss", f"names to a training loss below {LOSS:g}", "names", FAST_NAMES,
-                        "s", threads=1, together=SCAN),
+                        "s", together=SCAN),
     "start": Row("start", "start of a run to its first step, kernels compiled before", "names",
                  unit="s"),
     "first-compile": Row("compile", "first runs ever, all kernels compiled", "names", unit="s"),

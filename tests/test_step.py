@@ -95,6 +95,19 @@ def test_more_shards_than_sequences():
     assert_nearly(train(make_step(shards=3), batches), train(make_step(), batches), 1e-11)
 
 
+@pytest.mark.parametrize(
+    ("kernels", "flops", "shards"),
+    [("reference", 4.9e8, 1), ("reference", 5e8, 8), ("compiled", 2.9e7, 1), ("compiled", 5e7, 3),
+     ("compiled", 5e8, 8)],
+)  # fmt: skip
+def test_how_many_threads_a_step_is_worth(kernels, flops, shards):
+    if kernels == "compiled":
+        pytest.importorskip("numba", reason="the compiled operations need Numba")
+    backend = NumpyBackend(threads=8, kernels=kernels)
+    assert backend.split(16, 16, flops) == (shards, 1)
+    assert backend.split(2, 16, flops)[0] == min(2, shards)
+
+
 def plan_for(size: int, length: int, shards: int, pieces: int) -> ShardPlan:
     """The plan for a batch of `size` sequences of up to `length`, cut as said."""
 

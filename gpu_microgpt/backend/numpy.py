@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 DTYPES = {"auto": np.float32, "fp32": np.float32, "fp64": np.float64, "bf16": np.float32}
 PIN = "OPENBLAS_CORETYPE"  # makes OpenBLAS take one kind of core for another
 INSTALL = "pip install 'gpu-microgpt[fast]'"
-SHARD_FLOPS = 5e8  # a smaller step loses more to the threads' hand-over than it gains
-COMPILED_SHARD_FLOPS = 1e7  # the same where threads stay in compiled code from step to step
+SHARD_FLOPS = 5e8  # of a step in plain NumPy: a smaller one loses more by sharing than it gains
+SHARE_FLOPS = 1.5e7  # of each thread at least, where threads stay in compiled code for many steps
 PIECE_ROWS = 1024  # worked on at a time: enough for BLAS, few enough for the cache
 NARROW_ROWS = 256  # where products are so fast that they wait for the cache; unless a row takes
 ROW_FLOPS = 2e7  # more than this: large weights, which are packed anew for every piece
@@ -91,9 +91,9 @@ class NumpyBackend:
         A shard goes through its part in pieces, which stay in the cache and need less memory.
         Threads that a large step has left over because its batch is small go to BLAS.
         """
-        large = flops >= (COMPILED_SHARD_FLOPS if self.compiled else SHARD_FLOPS)
-        shards = min(self.threads, batch_size) if large else 1
-        self._blas_threads = self.threads // shards if large else 1
+        worth = flops // SHARE_FLOPS if self.compiled else self.threads * (flops >= SHARD_FLOPS)
+        shards = int(max(1, min(self.threads, batch_size, worth)))
+        self._blas_threads = self.threads // shards if flops >= SHARD_FLOPS else 1
         share = -(-batch_size // shards)
         waits = self._unit and flops < ROW_FLOPS * batch_size * length
         rows = NARROW_ROWS if waits else PIECE_ROWS
