@@ -42,9 +42,16 @@ class Setting:
         count = self.steps if self.row.kind == "loss" else BATCHES
         return [self.dataset.train.batch(step) for step in range(count)]
 
+    @cached_property
+    def rates(self) -> np.ndarray[Any, Any]:
+        """Learning rates of all steps."""
+        steps, config = np.arange(self.steps), self.config
+        found = learning_rate(config.schedule, config.optimizer.lr, steps, self.steps)
+        return np.asarray(found)
+
     def rate(self, step: int) -> float:
         """Learning rate of a step counted from 1."""
-        return learning_rate(self.config.schedule, self.config.optimizer.lr, step - 1, self.steps)
+        return float(self.rates[step - 1])
 
     def positions(self) -> float:
         """Mean real positions a step."""

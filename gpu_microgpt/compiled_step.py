@@ -168,7 +168,8 @@ class CompiledEngine(HostEngine):
         starts, lengths = self._split.sequences(step - 1, count)
         self._shards.check(lengths)
         optimizer = self.optimizer
-        rates = np.array([optimizer.rates(self._rate(s), s) for s in range(step, step + count)])
+        steps = np.arange(step, step + count)
+        rates = optimizer.rates(self._rate(steps), steps)
         tasks = [
             partial(
                 train_steps, *(p.code for p in r.passes), self._measure.code, apply.code,

@@ -12,7 +12,7 @@ from .backend import Backend
 from .config import Config
 from .data.dataset import Split
 from .model import GPT
-from .schedule import learning_rate
+from .schedule import Steps, learning_rate
 from .step import Shards, Step
 
 
@@ -64,7 +64,7 @@ class HostEngine:
         micros = range(self.config.train.grad_accum)
         for number in range(step, step + count):
             batches = [self._split.batch(number - 1, micro) for micro in micros]
-            self.step.train(batches, self._rate(number), number)
+            self.step.train(batches, float(self._rate(number)), number)
         self._seconds += time.perf_counter() - start
         self._steps += count
 
@@ -90,7 +90,7 @@ class HostEngine:
         """Seconds a step by instruction, measured over so many: none is recorded here."""
         return {}
 
-    def _rate(self, step: int) -> float:
-        """Learning rate of a step counted from 1."""
+    def _rate(self, step: Steps) -> Any:
+        """Learning rate of a step counted from 1, or of many."""
         config = self.config
         return learning_rate(config.schedule, config.optimizer.lr, step - 1, self._total)

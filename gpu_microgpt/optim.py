@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Optimizer:
 
         Each worker's operations take a stretch of the flat buffers, side by side.
         """
-        self.scalars[:3] = self.rates(rate, step)
+        self.scalars[:3] = self.rates(np.array([rate]), np.array([step]))[0]
         self.measure(workers[0], grads)
         parts = self.parts(len(workers))
         self.backend.run([
@@ -44,10 +45,12 @@ class Optimizer:
         size = -(-len(self.params.flat) // count)
         return [slice(i * size, (i + 1) * size) for i in range(count)]
 
-    def rates(self, rate: float, step: int) -> tuple[float, float, float]:
-        """What `scalars` begin with in a step: rate and bias corrections."""
+    def rates(
+        self, rates: np.ndarray[Any, Any], steps: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any]:
+        """What `scalars` begin with in these steps, (n,) each, (n, 3): rate, bias corrections."""
         beta1, beta2 = self.config.betas
-        return rate, 1 - beta1**step, 1 - beta2**step
+        return np.stack([rates, 1 - beta1**steps, 1 - beta2**steps], axis=1)
 
     def measure(self, ops: Ops, grads: Params) -> None:
         """Take the norm, and where clipping is wanted its scale."""

@@ -220,7 +220,7 @@ class Trainer:
     def _rate(self, step: int) -> float:
         """Learning rate of a step counted from 1."""
         config = self.config
-        return learning_rate(config.schedule, config.optimizer.lr, step - 1, self.total)
+        return float(learning_rate(config.schedule, config.optimizer.lr, step - 1, self.total))
 
     def _evaluate(self, step: int) -> bool:
         """Report the held-out loss; True where it is the lowest so far."""
