@@ -22,9 +22,16 @@ from .compile import OPTIONS, compiled
 from .instructions import ATTENTION_DECODE, FULL, MULTIPLY, SPLIT
 from .linear import multiply
 from .rows import copy_row
-from .vector import at, ints, place
+from .vector import at, ints, longs, place
 
 OUTPUTS = 32  # outputs of a product are divided between multiples of this, whole vectors
+
+
+@compiled
+def instruction(program: Any, i: Any) -> Any:
+    """Instruction i of a program, (count, WIDTH) int64, as the place of its numbers: a view of the
+    row would take as long as a small instruction, as references to arrays are counted."""
+    return longs(program.ctypes.data + i * program.strides[0])
 
 
 @compiled

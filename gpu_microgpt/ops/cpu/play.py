@@ -42,7 +42,7 @@ from .instructions import (
     SPLIT,
 )
 from .linear import gradients
-from .parts import can_be_shared, play_part, scratch_of
+from .parts import can_be_shared, instruction, play_part, scratch_of
 from .relu import pass_positive, rectify
 from .rmsnorm import (
     add_rmsnorm_rows,
@@ -63,7 +63,7 @@ def play(like: Any, code: Any, rows: Any, sequences: Any) -> None:
     like: any array of the dtype of the places; sequences: that the rows make up.
     """
     for i in range(len(code)):
-        perform(like, code[i], rows, sequences)
+        perform(like, instruction(code, i), rows, sequences)
 
 
 @compiled

@@ -25,7 +25,7 @@ from typing import Any
 
 from .atomics import WIDTH, load_word, pause, store_word
 from .compile import compiled
-from .parts import bring_part, can_be_shared, play_part, scratch_of
+from .parts import bring_part, can_be_shared, instruction, play_part, scratch_of
 from .play import perform, play
 from .vector import at, place
 
@@ -67,11 +67,12 @@ def play_together(like: Any, program: Any, rows: Any, words: Any, results: Any) 
         return
     words[0, COUNT] += 1
     for i in range(len(program)):
-        if can_be_shared(program[i]):
+        a = instruction(program, i)
+        if can_be_shared(a):
             number = words[0, COUNT] * (len(program) + 1) + i
-            _share(like, program[i], rows, words, results, number)
+            _share(like, a, rows, words, results, number)
         else:
-            perform(like, program[i], rows, rows)
+            perform(like, a, rows, rows)
 
 
 @compiled
@@ -129,7 +130,7 @@ def help_out(
             continue
         i = number % (len(program) + 1)
         if i < len(program):
-            play_part(like, program[i], rows, helper, parts, y, scratch)
+            play_part(like, instruction(program, i), rows, helper, parts, y, scratch)
         store_word(words, helper * WIDTH + DONE, number)
         done, idle = number, 0
     store_word(words, helper * WIDTH + DONE, GONE)

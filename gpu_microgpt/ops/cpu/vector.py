@@ -10,7 +10,7 @@ becomes one of the vector's. All is generic over the dtype: it comes from the pl
 | `lanes(a)` | how many elements of a make a vector (a constant once compiled) |
 | `at(a, i)` | the address of a[i], itself a place; the array must outlive it |
 | `place(a, i)` | the place at address i, a number, of elements like a's |
-| `ints(i)`, `doubles(i)` | the int32, the float64 at address i, to be indexed |
+| `ints(i)`, `longs(i)`, `doubles(i)` | the int32, int64, float64 at address i, to be indexed |
 | `double(i)` | the float64 with these bits |
 | `load(a, i)`, `store(c, i, v)` | a[i:i + lanes], no alignment wanted, no bounds checked |
 | `load_some(a, i, n, x)` | the same for the first n lanes (n <= 0: none), x in the rest |
@@ -91,7 +91,7 @@ def _numbers_at(kind: types.Type) -> Any:
     return intrinsic(numbers)
 
 
-ints, doubles = _numbers_at(types.int32), _numbers_at(types.float64)
+ints, longs, doubles = map(_numbers_at, (types.int32, types.int64, types.float64))
 
 
 @intrinsic
