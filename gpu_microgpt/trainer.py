@@ -21,12 +21,12 @@ from .engine import Engine, make_engine
 from .errors import DeviceError, DivergedError
 from .metrics import Metrics
 from .model import GPT
-from .params import Weights, initial_weights
+from .params import Weights, initial_weights, seeded_weights
 from .profile import make_profiler
 from .progress import Progress
 from .readings import Readings
 from .report import Report
-from .rng import MicrogptRandom, Stream, normal
+from .rng import MicrogptRandom
 from .run_folder import RunFolder, check_corpus
 from .schedule import learning_rate
 from .signals import StopSignals
@@ -142,9 +142,8 @@ class Trainer:
         config = self.config
         if config.rng == "microgpt":
             draws = self._microgpt_random(dims).weights
-        else:
-            draws = config.model.init_std * normal(config.seed, Stream.INIT, dims.num_params)
-        return initial_weights(dims, draws, config.model.scale_residual_init)
+            return initial_weights(dims, draws, config.model.scale_residual_init)
+        return seeded_weights(config, dims)
 
     def _microgpt_random(self, dims: Dims) -> MicrogptRandom:
         """Python's generator as microgpt.py has it after the weights are drawn."""

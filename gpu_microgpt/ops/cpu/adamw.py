@@ -15,7 +15,6 @@ import math
 from typing import Any
 
 from ...types import Array
-from .code import flush_subnormals, restore_floats
 from .compile import compiled
 from .instructions import ADAMW, CLIP_SCALE, GLOBAL_NORM, Instructions
 from .rows import dot
@@ -59,7 +58,7 @@ def adamw_flat(
         splat(params, max(eps * root, NORMAL)), splat(params, rate * root / correction1),
         splat(params, 1 - rate * weight_decay),
     )  # fmt: skip
-    width, floats = lanes(params), flush_subnormals()
+    width = lanes(params)
     whole = size // width * width
     for i in range(0, whole, width):
         new = _update(load(params, i), load(m, i), load(v, i), load(grads, i), factors)
@@ -75,7 +74,6 @@ def adamw_flat(
         store_some(params, whole, new[0], rest)
         store_some(m, whole, new[1], rest)
         store_some(v, whole, new[2], rest)
-    restore_floats(floats)
 
 
 @compiled

@@ -12,6 +12,7 @@ from .adamw import adamw_flat, clip, norm_of
 from .amx import bf16_unit
 from .attention import attend, attend_backward
 from .attention_decode import keep_kv
+from .code import flush_subnormals, restore_floats
 from .compile import OPTIONS, compiled
 from .cross_entropy import cross_entropy_backward_rows, cross_entropy_rows
 from .embedding import embedding_backward_tables, embedding_rows
@@ -60,10 +61,13 @@ from .vector import double, doubles, ints, place
 def play(like: Any, code: Any, rows: Any, sequences: Any) -> None:
     """Do the instructions of code (count, WIDTH) int64, in order, over `rows` rows.
 
-    like: any array of the dtype of the places; sequences: that the rows make up.
+    like: any array of the dtype of the places; sequences: that the rows make up. Numbers below the
+    normal ones are 0 meanwhile: in training many a probability and moment fades away.
     """
+    floats = flush_subnormals()
     for i in range(len(code)):
         perform(like, instruction(code, i), rows, sequences)
+    restore_floats(floats)
 
 
 @compiled

@@ -24,6 +24,7 @@ from __future__ import annotations
 from typing import Any
 
 from .atomics import WIDTH, load_word, pause, store_word
+from .code import flush_subnormals, restore_floats
 from .compile import compiled
 from .parts import bring_part, can_be_shared, instruction, play_part, scratch_of
 from .play import perform, play
@@ -66,6 +67,7 @@ def play_together(like: Any, program: Any, rows: Any, words: Any, results: Any) 
         play(like, program, rows, rows)
         return
     words[0, COUNT] += 1
+    floats = flush_subnormals()
     for i in range(len(program)):
         a = instruction(program, i)
         if can_be_shared(a):
@@ -73,6 +75,7 @@ def play_together(like: Any, program: Any, rows: Any, words: Any, results: Any) 
             _share(like, a, rows, words, results, number)
         else:
             perform(like, a, rows, rows)
+    restore_floats(floats)
 
 
 @compiled
@@ -119,7 +122,7 @@ def help_out(
     helper's own.
     """
     y, parts = at(results, (helper - 1) * results.shape[1]), len(words)
-    done, idle = load_word(words, helper * WIDTH + DONE), 0
+    done, idle, floats = load_word(words, helper * WIDTH + DONE), 0, flush_subnormals()
     while idle < IDLE:
         number = load_word(words, helper * WIDTH + ASKED)
         if number == CLOSED:
@@ -133,4 +136,5 @@ def help_out(
             play_part(like, instruction(program, i), rows, helper, parts, y, scratch)
         store_word(words, helper * WIDTH + DONE, number)
         done, idle = number, 0
+    restore_floats(floats)
     store_word(words, helper * WIDTH + DONE, GONE)
