@@ -41,7 +41,7 @@ def numbers(release: str) -> list[int]:
 
 
 # Bytes a thread may keep in local memory. Older compilers need a register or a few more here and
-# there than fit (NVRTC 12.9 to 13.2: up to 64 bytes, stack, stores and loads counted apart).
+# there than fit (NVRTC 12.9 to 13.3: up to 64 bytes, stack, stores and loads counted apart).
 LOCAL_BYTES = 64 if numbers(RELEASE) < numbers(MADE_BY) else 0
 
 
