@@ -46,19 +46,6 @@ __device__ __forceinline__ bf16 to_bf16(float x) {
     return r;
 }
 
-// ----------------------------------------------------------------- memory order between blocks
-__device__ __forceinline__ unsigned ld_acquire(const unsigned* p) {
-    unsigned v;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-__device__ __forceinline__ unsigned atomic_add_acq_rel(unsigned* p, unsigned v) {
-    unsigned old;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
-                 : "=r"(old) : "l"(p), "r"(v) : "memory");
-    return old;
-}
-
 // ------------------------------------------------------------ asynchronous copies, tensor cores
 #if __CUDA_ARCH__ >= 800
 __device__ __forceinline__ unsigned shared_address(const void* p) {

@@ -249,11 +249,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) embedding_sum(
     }
 }
 
-// One id's row of the table: the sum of `slices` parts, the first one at `first`, the others 2
-// channels apart from `rest` on. Group g takes every groups-th of them; then the groups' sums.
+// One id's row of the table: the sum of `slices` parts, 2 channels apart from `parts` on, the first
+// one `skip` further on. Group g takes every groups-th of them; then the groups' sums.
 template <int W>
-__device__ __forceinline__ void combine(float* row, const float* first, const float* rest,
-                                        int slices, int channels, bool add, float* shared) {
+__device__ __forceinline__ void combine(float* row, const float* parts, int skip, int slices,
+                                        int channels, bool add, float* shared) {
     const int lane = static_cast<int>(threadIdx.x), lanes = static_cast<int>(blockDim.x);
     const int group = static_cast<int>(threadIdx.y), groups = static_cast<int>(blockDim.y);
     for (int base = 0; base < channels; base += lanes * W) {
@@ -261,8 +261,8 @@ __device__ __forceinline__ void combine(float* row, const float* first, const fl
         float sum[W] = {};
 #pragma unroll 4
         for (int s = c < channels ? group : slices; s < slices; s += groups) {
-            const float* part = s ? rest + static_cast<size_t>(s - 1) * 2 * channels : first;
-            plus(sum, part + c);
+            const size_t place = static_cast<size_t>(s) * 2 * channels;
+            plus(sum, parts + place + (s ? c : c + skip));
         }
         if (slices > 1 && groups > 1) {
             float* own = shared + (group * lanes + lane) * W;
@@ -290,11 +290,11 @@ extern "C" __global__ void __launch_bounds__(256) embedding_combine(
         if (own == 0 ? add : own == 1 && !opens && !closes) continue;  // nothing, or already there
         const size_t place = static_cast<size_t>(second ? slices : 0) + s;
         const float* of_slice = parts + place * 2 * channels;
-        const float* first = opens ? of_slice : of_slice + channels;
+        const int skip = opens ? 0 : channels;
         float* row = (second ? dwpe : dwte) + static_cast<size_t>(n - second * vocab) * channels;
         if (channels % 4 == 0)
-            combine<4>(row, first, of_slice + 2 * channels, own, channels, add, shared);
+            combine<4>(row, of_slice, skip, own, channels, add, shared);
         else
-            combine<1>(row, first, of_slice + 2 * channels, own, channels, add, shared);
+            combine<1>(row, of_slice, skip, own, channels, add, shared);
     }
 }

@@ -44,6 +44,11 @@ MUTATIONS = [
         "r * (g + v * m)", FLOAT,
     ),
     Mutation(
+        "rmsnorm", "root as inexact as rsqrtf leaves it",
+        "return error == error ? fmaf(0.5f * r, error, r) : r;",
+        "return r;", FLOAT, file="device.cuh",
+    ),
+    Mutation(
         "rmsnorm", "barrier missing before a sum is read",
         "    if (lane == 0) part[threadIdx.x >> 5] = v;\n    __syncthreads();\n    return warp_sum",
         "    if (lane == 0) part[threadIdx.x >> 5] = v;\n    return warp_sum", FLOAT,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpu_microgpt.ops.cuda.compiler import OPTIONS
 from tests.cuda_on_cpu.build import HERE, KERNELS, SANITIZER, module
 
 SCHEDULES = [("fifo", 0), ("lifo", 0), ("random", 0), ("random", 1), ("random", 2)]
@@ -29,7 +30,7 @@ def on_gpu(stem: str, name: str, grid: Any, block: Any, args: tuple[Any, ...],
     """The same on a GPU; the few blocks of a self-test are resident anyway."""
     import cupy
 
-    options = ("--std=c++17", f"-I{KERNELS}", *(f"-D{d}" for d in defines))
+    options = (*OPTIONS, f"-I{KERNELS}", *(f"-D{d}" for d in defines))
     source = (HERE / f"{stem}.cu").read_text("utf-8")
     kernel = cupy.RawModule(code=source, options=options).get_function(name)
     arrays = {i: a for i, a in enumerate(args) if isinstance(a, np.ndarray)}

@@ -20,6 +20,7 @@
 #include "memory.h"
 #include "warp.h"
 
+#include "maths.h"
 #include "matrix.h"
 
 #include "faults.h"

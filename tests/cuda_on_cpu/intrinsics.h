@@ -1,6 +1,5 @@
 // intrinsics.h: CUDA's functions, and the wrappers of device.cuh, as kernels call them.
 #pragma once
-#include <cmath>
 
 #define EMU_LINE int line = __builtin_LINE()  // of the caller
 
@@ -77,11 +76,14 @@ template <class T> inline T atomicAdd(T* p, std::common_type_t<T> v) {
 }
 
 // ----------------------------------------------------------------------------------------- maths
+#define rsqrtf emu::rsqrtf  // macros, as the C library may have functions of these names
+#define exp2f emu::exp2f
+#define expf emu::expf
+#define logf emu::logf
+#define cospi emu::cospi
+#define pow emu::pow
 template <class A, class B> inline std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
 template <class A, class B> inline std::common_type_t<A, B> max(A a, B b) { return a < b ? b : a; }
-inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-// A template, as newer C libraries have a cospi, which then goes first.
-template <class T> inline T cospi(T x) { return cos(T(3.14159265358979323846) * x); }
 template <class To, class From> inline To emu_bits(From x) {
     static_assert(sizeof(To) == sizeof(From), "the same bits");
     To r;

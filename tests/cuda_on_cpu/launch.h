@@ -189,6 +189,7 @@ inline const char* launch(const Config& config, void (*kernel)(void** args)) {
     static_cast<volatile char*>(anchor)[0] = 0;  // makes the system allocate the block
     dl_iterate_phdr(find_statics, nullptr);
 #endif
+    const SubnormalsAreZeros flush;
     if (EMU_SANITIZED) {
         run_all(static_cast<unsigned>(total));
     } else {

@@ -13,6 +13,17 @@ __device__ __forceinline__ void named_bar_sync(int id, int threads) {
 __device__ __forceinline__ void named_bar_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+__device__ __forceinline__ unsigned ld_acquire(const unsigned* p) {
+    unsigned v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ unsigned atomic_add_acq_rel(unsigned* p, unsigned v) {
+    unsigned old;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+                 : "=r"(old) : "l"(p), "r"(v) : "memory");
+    return old;
+}
 #endif
 
 // -------------------------------------------------------------------------- shuffles and votes
@@ -91,6 +102,24 @@ extern "C" __global__ void doubles(double* out, const double* x, const double* y
     const int i = threadIdx.x, n = blockDim.x;
     out[i] = cospi(x[i]);
     out[n + i] = pow(x[i], y[i]);
+}
+// out (5, n), n all threads of the grid: what a GPU does not round correctly, and what is made of it.
+extern "C" __global__ void inexact(float* out, const float* x) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, n = gridDim.x * blockDim.x;
+    out[i] = rsqrtf(fabsf(x[i]));
+    out[n + i] = exp2f(x[i]);
+    out[2 * n + i] = expf(x[i]);
+    out[3 * n + i] = logf(fabsf(x[i]));
+    out[4 * n + i] = inverse_root(fabsf(x[i]));
+}
+// out (5, block): of numbers some of which are subnormal, or whose results are.
+extern "C" __global__ void small_numbers(float* out, const float* x, const float* y) {
+    const int i = threadIdx.x, n = blockDim.x;
+    out[i] = x[i] * y[i];
+    out[n + i] = x[i] + y[i];
+    out[2 * n + i] = fmaf(x[i], y[i], x[i]);
+    out[3 * n + i] = x[i] > 0.0f ? 1.0f : 0.0f;
+    out[4 * n + i] = x[i];
 }
 extern "C" __global__ void random_words(uint4* out, const uint4* counters, uint32_t key0,
                                         uint32_t key1) {
