@@ -74,8 +74,8 @@ def test_figures_are_read_one_interval_late_and_never_lost(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             opened = install(patch, guarded=False, late=late)
 
-            def counted(self: GraphStep, step: int, waits=waits, opened=opened) -> None:
-                train_step(self, step)
+            def counted(self: GraphStep, *args: int, waits=waits, opened=opened) -> None:
+                train_step(self, *args)
                 waits.append(opened[0].counts["waits"])
 
             patch.setattr(GraphStep, "train", counted)

@@ -22,6 +22,7 @@ from .vector import at, fma, lanes, load, load_some, quotient, splat, store, sto
 
 LEAST = 1e-12  # a smaller norm is none
 NORMAL = 2.0**-126  # the least number a `quotient` divides by, where a weight had no gradient yet
+TINY = 2.0**-64
 CHUNK = 4096  # of the lanes' sums in float32 then has at most 128 terms
 
 
@@ -37,7 +38,8 @@ def sum_squares(x: Any, size: Any) -> Any:
 @compiled
 def _update(p: Any, m: Any, v: Any, g: Any, factors: Any) -> Any:
     """One vector of each: the new p, m, v."""
-    beta1, gain1, beta2, gain2, eps, rate, decay = factors
+    beta1, gain1, beta2, gain2, eps, rate, decay, scale = factors
+    g = g * scale
     m = fma(m, beta1, g * gain1)
     a = g * gain2  # before squaring: no overflow
     v = fma(v, beta2, a * a)
@@ -52,11 +54,13 @@ def adamw_flat(
     """All weights; scalars (4,) are float64, params, m, v, grads are places."""
     rate, correction1, correction2, clip = scalars[0], scalars[1], scalars[2], scalars[3]
     root = math.sqrt(correction2)
+    scale = TINY if clip < TINY else 1.0  # a huge gradient's clip would not be a normal number
+    clip /= scale
     factors = (
         splat(params, beta1), splat(params, clip * (1 - beta1)),
         splat(params, beta2), splat(params, clip * math.sqrt(1 - beta2)),
         splat(params, max(eps * root, NORMAL)), splat(params, rate * root / correction1),
-        splat(params, 1 - rate * weight_decay),
+        splat(params, 1 - rate * weight_decay), splat(params, scale),
     )  # fmt: skip
     width = lanes(params)
     whole = size // width * width

@@ -64,7 +64,7 @@ def play(like: Any, code: Any, rows: Any, sequences: Any) -> None:
     like: any array of the dtype of the places; sequences: that the rows make up. Numbers below the
     normal ones are 0 meanwhile: in training many a probability and moment fades away.
     """
-    floats = flush_subnormals()
+    floats = flush_subnormals(like)
     for i in range(len(code)):
         perform(like, instruction(code, i), rows, sequences)
     restore_floats(floats)

@@ -67,7 +67,7 @@ def play_together(like: Any, program: Any, rows: Any, words: Any, results: Any) 
         play(like, program, rows, rows)
         return
     words[0, COUNT] += 1
-    floats = flush_subnormals()
+    floats = flush_subnormals(like)
     for i in range(len(program)):
         a = instruction(program, i)
         if can_be_shared(a):
@@ -122,7 +122,7 @@ def help_out(
     helper's own.
     """
     y, parts = at(results, (helper - 1) * results.shape[1]), len(words)
-    done, idle, floats = load_word(words, helper * WIDTH + DONE), 0, flush_subnormals()
+    done, idle, floats = load_word(words, helper * WIDTH + DONE), 0, flush_subnormals(like)
     while idle < IDLE:
         number = load_word(words, helper * WIDTH + ASKED)
         if number == CLOSED:
