@@ -37,7 +37,7 @@ class Readings:
         self._waiting: deque[tuple[int, Figures]] = deque()  # asked for after these steps
 
     def ahead(self, step: int) -> int:
-        """Steps behind this one after which it is time to ask."""
+        """Steps from this one on until it is time to ask."""
         return min(self._interval - step % self._interval, self._asked + self.engine.ring - step)
 
     def after(self, step: int) -> None:
