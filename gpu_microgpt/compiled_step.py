@@ -18,7 +18,6 @@ import numpy as np
 
 from .activations import Activations
 from .backend import Backend
-from .backend.numpy import NumpyBackend
 from .config import Config
 from .data.batch import Batch, Layout, Run
 from .data.dataset import Split
@@ -129,8 +128,7 @@ class CompiledEngine(HostEngine):
         """Take memory and record; nothing is computed before the first step."""
         super().__init__(model, config, backend, split, total_steps)
         assert isinstance(self.step.shards, CompiledShards)
-        assert isinstance(backend, NumpyBackend)
-        self._shards, self._host = self.step.shards, backend
+        self._shards = self.step.shards
         with compiled_ops(self.memory).recording() as self._measure:
             self.optimizer.measure(compiled_ops(self.memory), self.step.grads)
         shards = self._shards.shards
@@ -180,7 +178,7 @@ class CompiledEngine(HostEngine):
             for r, apply in zip(self._shards.recorded, self._applies, strict=True)
         ]  # fmt: skip
         try:
-            self._host.run_apart(tasks)
+            self.backend.run(tasks)
         except BaseException:  # this thread's, on its way: the others would wait for ever
             self._words[0, ABANDONED] = 1
             raise

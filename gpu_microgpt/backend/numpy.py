@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -64,7 +64,6 @@ class NumpyBackend:
         self._controller = ThreadpoolController()
         self._blas_threads = 1
         self._stack: list[ExitStack] = []
-        self._pool: ThreadPoolExecutor | None = None
         self._beside: list[Beside] = []
 
     def describe(self) -> str:
@@ -86,7 +85,7 @@ class NumpyBackend:
         )
 
     def split(self, batch_size: int, length: int, flops: float) -> tuple[int, int]:
-        """As many shards as threads where a step is large enough to gain by it, else one.
+        """As many shards as threads, or fewer where a step is too small to gain by so many.
 
         A shard goes through its part in pieces, which stay in the cache and need less memory.
         Threads that a large step has left over because its batch is small go to BLAS.
@@ -161,21 +160,9 @@ class NumpyBackend:
         return 0
 
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
-        """Run the tasks side by side, the first on this thread."""
-        if len(tasks) == 1:
-            tasks[0]()
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="shard")
-        others = [self._pool.submit(_quietly, task) for task in tasks[1:]]
-        tasks[0]()
-        for other in others:
-            other.result()
-
-    def run_apart(self, tasks: Sequence[Callable[[], None]]) -> None:
-        """Run tasks that wait for one another: all at once, the first on this thread, the others on
-        other cores."""
-        others = [self.start_beside(i, task) for i, task in enumerate(tasks[1:])]
+        """Run the tasks side by side, the first on this thread, the others on other cores: they may
+        wait for one another."""
+        others = [self.start_beside(i, partial(_quietly, t)) for i, t in enumerate(tasks[1:])]
         tasks[0]()
         for other in others:
             other.result()
@@ -224,9 +211,6 @@ class NumpyBackend:
         for thread in self._beside:
             thread.stop()
         self._beside.clear()
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
 
 
 def _compiles(kernels: str) -> bool:
